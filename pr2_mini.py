@@ -1,0 +1,861 @@
+"""Predictive Routing Replay (PR2) in one file: read it top to bottom.
+
+The problem. A Mixture-of-Experts (MoE) layer sends a token to the top-k of N experts. In
+reinforcement learning, rollouts come from a lagged, lower-precision engine and one rollout batch is
+trained in kappa mini-steps, so by the time a token is trained its router has moved and may pick
+other experts. The PPO ratio then compares two different sub-networks and can explode. Routing
+replay (R2, R3) records the experts of the rollout and forces them during training: the ratio is
+tame, but the replayed set is stale. PR2 keeps the replay and lets a small linear *predictor* guess
+where each router is going, so that the set it records is the one the router will want.
+
+Notation (the paper's; shapes for one layer and one token). Weights are stored as torch.nn.Linear
+stores them, (N, D), so that p = h W reads F.linear(h, weight).
+  h_old          input of the router under the rollout's weights theta_old                D
+  W,   p = h W   router weight; router logits                                             N
+  rho            softmax(p), the routing distribution                                     N
+  W_p, b = h W_p evolution predictor, starts at zero; predicted change of the logits      N
+  rho_hat        softmax(p_old + b), the predictive routing distribution                  N
+  I, I_hat       TopK(rho), TopK(rho_hat): expert set; predicted expert set               k
+  kappa, i       mini-steps per rollout batch (`mini_steps`); mini-step index 1..kappa
+  alpha          learning rate of the predictor over the policy's
+
+Which experts run in which pass (paper, Table 1); sections 2 and 4 are this table as code.
+                      grpo, gspo    r2                        r3                  pr2
+  rollout   mu_old    own top-k     own top-k                 own top-k           predicted top-k
+  old pass  pi_old    own top-k     own top-k, recorded here  replay of rollout   replay of rollout
+  update    pi_theta  own top-k     replay of the old pass    replay of rollout   replay of rollout
+
+Map: 1 model | 2 rollout | 3 losses | 4 one RL step and what it measures | 5 the toy task.
+
+Paper: Dong et al., "PR2: Predictive Routing Replay for MoE-Based LLM Reinforcement Learning",
+arXiv:2606.00395. What is ours and not the paper's is marked "ours" where it stands.
+"""
+
+import copy
+import math
+import re
+import statistics
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def expect(holds: bool, message: str) -> None:
+    """Raises ValueError, which the command line turns into one sentence and exit code 2."""
+    if not holds:
+        raise ValueError(message)
+
+
+# ---------------------------------------------------------------------------------- 1. Model
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the transformer; field names are Hugging Face's config.json keys.
+
+    qk_norm: "head" normalises every query and key head by itself (Qwen3-MoE), "full" all heads
+    together (OLMoE), "none" neither (Mixtral). Raises ValueError for what cannot be built.
+    """
+
+    vocab_size: int
+    hidden_size: int = 64
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 16
+    moe_intermediate_size: int = 16
+    num_experts: int = 64
+    num_experts_per_tok: int = 8
+    norm_topk_prob: bool = True
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    qk_norm: str = "head"
+    max_position_embeddings: int = 2048
+
+    def __post_init__(self):
+        N, k, norm = self.num_experts, self.num_experts_per_tok, self.qk_norm
+        heads, key_heads = self.num_attention_heads, self.num_key_value_heads
+        for name, value in vars(self).items():
+            expect(type(value) is not int or value > 0, f"{name} is {value}; expected at least 1")
+        expect(k <= N, f"num_experts_per_tok is {k}, but num_experts is {N}; expected at most {N}")
+        even = heads % key_heads == 0
+        expect(
+            even, f"num_attention_heads {heads} not divisible by num_key_value_heads {key_heads}"
+        )
+        expect(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary needs an even number")
+        known = norm in ("head", "full", "none")
+        expect(known, f'qk_norm is "{norm}"; expected "head", "full" or "none"')
+
+
+ID_DTYPES = (torch.uint8, torch.int16, torch.int32)
+
+
+class Trace(NamedTuple):
+    """What a forward pass saw at its routers, over L MoE layers."""
+
+    experts: Tensor  # (L, B, T, k) expert ids used, best first, in the smallest type that fits
+    logits: Tensor  # (L, B, T, N) float32 router logits p = h W, without the predictor
+    inputs: Tensor | None  # (L, B, T, D) router inputs h, detached; only with keep_inputs=True
+
+
+class Cache:
+    """Keys and values of the positions seen so far, allocated once."""
+
+    def __init__(self, config: ModelConfig, rows: int, length: int, like: Tensor):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length)
+        self.keys = like.new_empty(*shape, config.head_dim)
+        self.values = like.new_empty(*shape, config.head_dim)
+        self.attend = torch.ones(rows, length, dtype=torch.bool, device=like.device)
+        self.padded = False  # True once some position must not be attended to
+        self.used = 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows, in this order; a row may be named several times or left out."""
+        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
+        self.attend = self.attend.index_select(0, rows)
+
+
+class Router(nn.Module):
+    """Softmax top-k router with its evolution predictor, in float32 whatever the model's dtype."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.top_k, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))  # W
+        self.predictor = nn.Linear(config.hidden_size, config.num_experts, bias=False)  # W_p
+
+    def forward(self, h, replay, horizon):
+        """(n, D) -> weights (n, k), expert ids (n, k) int64, router logits p (n, N)."""
+        h = h.float()
+        p = scores = F.linear(h, self.weight.float())  # p = h W
+        if horizon is not None:  # rho_hat = softmax(p + m b), b = h W_p; the paper's m is 1
+            # Detached: the policy loss never trains W_p.
+            scores = p + horizon * F.linear(h, self.predictor.weight.detach().float())
+        rho = scores.softmax(-1)
+        if replay is None:
+            weights, experts = rho.topk(self.top_k)
+        else:  # Replay picks the set; the weights are today's, so the router still gets gradient.
+            experts = replay.long()
+            weights = rho.gather(-1, experts)
+        if self.renormalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights, experts, p
+
+
+class MoE(nn.Module):
+    """A router and N SwiGLU experts, stored stacked and computed by grouped matmuls."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        N, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.router = Router(config)
+        self.gate_up = nn.Parameter(torch.empty(N, 2 * width, D))
+        self.down = nn.Parameter(torch.empty(N, D, width))
+
+    def forward(self, h, replay, horizon):
+        """(n, D) -> output (n, D), expert ids (n, k), router logits (n, N)."""
+        weights, experts, p = self.router(h, replay, horizon)
+        n, k = experts.shape
+        # grouped_mm wants the rows of one expert side by side, and where each expert's rows end.
+        order = experts.flatten().argsort()
+        ends = torch.bincount(experts.flatten(), minlength=len(self.down)).cumsum(0).int()
+        rows = h.index_select(0, order // k)
+        gate, up = F.grouped_mm(rows, self.gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+        rows = F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=h.device))
+        outputs = rows.index_select(0, back).view(n, k, -1)
+        # sum over j in I of rho_j E_j(h)
+        return (outputs * weights.to(h.dtype).unsqueeze(-1)).sum(1), experts, p
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions on (B, T, heads, head_dim), pairing dimension j with j + head_dim / 2."""
+    cosine, sine = rotary
+    return x * cosine + x.roll(x.shape[-1] // 2, -1) * sine
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and query-key norm."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.qk_norm = layer, config.head_dim, config.qk_norm
+        query = config.num_attention_heads * self.head_dim
+        key = config.num_key_value_heads * self.head_dim
+        self.widths = [query, key, key]
+        self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
+        self.out = nn.Linear(query, config.hidden_size, bias=False)
+        if self.qk_norm != "none":
+            head = self.qk_norm == "head"
+            self.q_norm = nn.RMSNorm(self.head_dim if head else query, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim if head else key, config.rms_norm_eps)
+
+    def forward(self, x, rotary, mask, cache):
+        q, k, v = self.qkv(x).split(self.widths, -1)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rotary), rotate(k, rotary), v))
+        if cache is not None:
+            new, end = slice(cache.used, cache.used + x.shape[1]), cache.used + x.shape[1]
+            cache.keys[self.layer, :, :, new], cache.values[self.layer, :, :, new] = k, v
+            k, v = cache.keys[self.layer, :, :, :end], cache.values[self.layer, :, :, :end]
+        causal = mask is None and x.shape[1] > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer)
+        self.moe_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.moe = MoE(config)
+
+    def forward(self, x, rotary, mask, cache, replay, horizon):
+        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+        h = self.moe_norm(x).flatten(0, 1)
+        y, experts, p = self.moe(h, replay, horizon)
+        return x + y.view_as(x), experts, p, h.detach()
+
+
+class MoETransformer(nn.Module):
+    """Decoder-only MoE transformer of the Qwen3-MoE family.
+
+    The route is an argument and a result, never a mode (ours; the frameworks keep a process-global
+    registry): `forward(replay=trace.experts)` repeats bit for bit the forward at the same horizon
+    that returned the trace, under activation checkpointing and torch.compile too.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, l) for l in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed.weight
+        for name, parameter in self.named_parameters():
+            if name.endswith("predictor.weight"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() > 1:
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        attend: Tensor | None = None,
+        cache: Cache | None = None,
+        replay: Tensor | None = None,
+        horizon: float | Tensor | None = None,
+        keep_inputs: bool = False,
+        head: bool = True,
+    ) -> tuple[Tensor, Trace]:
+        """Next-token logits (B, T, vocab_size), and what the routers saw.
+
+        tokens   (B, T) int64, left-padded; with a cache, only the positions not yet in it.
+        attend   (B, T) bool, True on real tokens; None = all of them.
+        replay   (L, B, T, k) integer ids, distinct in a row: these experts instead of the top-k.
+        horizon  None = predictor off; m, a float or (B,) = route, and weight, by
+                 softmax(p + m h W_p). The paper's rollout has m = 1.
+        head     False returns the final hidden states (B, T, D) instead of logits.
+        Raises ValueError if the positions or the replay do not fit the model.
+        """
+        (B, T), x = tokens.shape, self.embed(tokens)
+        length = T + (cache.used if cache is not None else 0)
+        fits = length <= self.config.max_position_embeddings
+        expect(fits, f"{length} positions exceed max_position_embeddings; shorten the prompts")
+        if replay is not None:
+            self.check_replay(replay, B, T)
+            replay = replay.flatten(1, 2)
+        if horizon is not None:
+            horizon = (
+                torch.as_tensor(horizon, device=x.device).expand(B).repeat_interleave(T)[:, None]
+            )
+        rotary, mask = self.positions(T, attend, cache)
+        seen = []
+        for layer, block in enumerate(self.blocks):
+            route = None if replay is None else replay[layer]
+            x, experts, p, h = block(x, rotary, mask, cache, route, horizon)
+            seen.append((experts.to(id_dtype(p.shape[-1])), p, h if keep_inputs else None))
+        if cache is not None:
+            cache.used = length
+        seen = [t if t[0] is None else torch.stack(t) for t in zip(*seen, strict=True)]
+        x, trace = (
+            self.norm(x),
+            (t.unflatten(1, (B, T)) if t[0] is not None else None for t in seen),
+        )
+        return self.lm_head(x) if head else x, Trace(*trace)
+
+    def positions(self, T: int, attend: Tensor | None, cache: Cache | None):
+        """Rotary cosine and sine, (1 or B, T, 1, head_dim), and the attention mask or None."""
+        start, device = 0, self.embed.weight.device
+        if cache is not None:
+            start, cache.padded = cache.used, cache.padded or attend is not None
+            if attend is not None:
+                cache.attend[:, start : start + T] = attend
+            attend = cache.attend[:, : start + T] if cache.padded else None
+        columns = torch.arange(start + T, device=device)
+        at = columns[None] if attend is None else attend.cumsum(-1).sub(1).clamp(min=0)
+        pair = torch.arange(0, self.config.head_dim, 2, device=device) / self.config.head_dim
+        angle = (at[:, start:, None] * self.config.rope_theta**-pair).unsqueeze(2)
+        dtype = self.embed.weight.dtype
+        cosine, sine = angle.cos(), angle.sin()  # the first half of x * sine enters negated
+        rotary = cosine.repeat(1, 1, 1, 2).to(dtype), torch.cat([-sine, sine], -1).to(dtype)
+        if attend is None and (start == 0 or T == 1):
+            return rotary, None  # Plain causal attention needs no mask, a single query neither.
+        visible = columns <= columns[start:, None]
+        if attend is not None:  # A padding position sees itself, lest its softmax be empty.
+            visible = visible & (attend[:, None, None] | (columns == columns[start:, None]))
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+        return rotary, mask.masked_fill(~visible, -math.inf)
+
+    def check_replay(self, replay: Tensor, B: int, T: int) -> None:
+        """Refuses routes that no forward of this model on (B, T) tokens could have returned."""
+        L, N, k = len(self.blocks), self.config.num_experts, self.config.num_experts_per_tok
+        shape, integer = tuple(replay.shape), replay.dtype in (*ID_DTYPES, torch.int8, torch.int64)
+        expect(integer, f"replay has dtype {replay.dtype}; expected integer expert ids")
+        same = shape[:1] == (L,)
+        expect(same, f"replay has routes for {shape[:1]} layers; the model has {L} MoE layers")
+        right = shape == (L, B, T, k)
+        expect(right, f"replay has shape {shape}; expected (L, B, T, k) = {(L, B, T, k)}")
+        inside = bool(((replay >= 0) & (replay < N)).all())
+        expect(inside, f"replay names an expert outside 0..{N - 1}, the ids of this model")
+        distinct = int(shared(replay, replay).sum()) == replay.numel()
+        expect(distinct, f"replay names one expert twice; the {k} ids of a row must be distinct")
+
+
+def id_dtype(count: int) -> torch.dtype:
+    """The smallest integer type that holds the ids 0..count-1."""
+    return next(t for t in ID_DTYPES if count - 1 <= torch.iinfo(t).max)
+
+
+def shared(route: Tensor, other: Tensor) -> Tensor:
+    """(..., k), (..., k) -> (...), how many experts two routes have in common."""
+    return (route.unsqueeze(-1) == other.unsqueeze(-2)).sum((-1, -2))
+
+
+# -------------------------------------------------------------------------------- 2. Rollout
+
+
+class Rollout(NamedTuple):
+    """B = Q * samples sampled responses, prompt-major, with the routes that produced them."""
+
+    tokens: Tensor  # (B, P + C) int64: left-padded prompt, response, padding
+    attend: Tensor  # (B, P + C) bool: True on prompt and response, its end token included
+    logprobs: Tensor  # (B, C) float32, log mu_old at the sampling temperature; 0 after the end
+    experts: Tensor  # (L, B, P + C - 1, k) routes; the placeholder 0..k-1 after the end
+    prompt_length: int  # P
+
+
+@torch.no_grad()
+def generate(
+    model: MoETransformer,
+    prompts: Tensor,
+    max_new_tokens: int,
+    *,
+    eos: int,
+    pad: int,
+    samples: int = 1,
+    temperature: float = 1.0,
+    horizon: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Samples responses with a KV cache and records the routes that produced them.
+
+    prompts (Q, P) int64, left-padded with `pad`; horizon None, a float or (Q,), see `forward`.
+    temperature 0 is greedy, with log-probabilities at temperature 1; eos -1 never stops.
+    A prompt is computed once for all its samples; a finished response leaves the batch.
+    """
+    (Q, P), C, device = prompts.shape, max_new_tokens, prompts.device
+    expect(C > 0 and samples > 0, f"max_new_tokens {C} and samples {samples} must be positive")
+    expect(temperature >= 0, f"temperature is {temperature}; expected at least 0")
+    real = (prompts != pad).cumsum(-1) > 0  # Only leading pads are padding.
+    cache = Cache(model.config, Q, P + C - 1, model.embed.weight)
+    attend = None if real.all() else real
+    hidden, trace = model(prompts, attend=attend, cache=cache, horizon=horizon, head=False)
+    group = torch.arange(Q, device=device).repeat_interleave(samples)
+    cache.select(group)
+    if horizon is not None:
+        horizon = torch.as_tensor(horizon, device=device).expand(Q)[group]
+    B, (L, k) = len(group), (len(trace.experts), trace.experts.shape[-1])
+    tokens = torch.cat([prompts[group], prompts.new_full((B, C), pad)], 1)
+    attend = torch.cat([real[group], real.new_zeros(B, C)], 1)
+    logprobs = torch.zeros(B, C, device=device)
+    placeholder = torch.arange(k, device=device, dtype=trace.experts.dtype)
+    experts = placeholder.repeat(L, B, P + C - 1, 1)
+    experts[:, :, :P] = trace.experts[:, group]
+
+    hidden, rows = hidden[group], torch.arange(B, device=device)  # the responses still in the batch
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    for column in range(P, P + C):
+        log_p = (model.lm_head(hidden[:, -1]).float() / (temperature or 1.0)).log_softmax(-1)
+        race = torch.ones_like(log_p)
+        if temperature:  # An exponential race is a categorical sample that never waits for the GPU.
+            race.exponential_(generator=generator)
+        token = (log_p.exp() / race).argmax(-1)
+        tokens[rows, column] = token.masked_fill(ended, pad)
+        attend[rows, column] = ~ended
+        chosen = log_p.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        logprobs[rows, column - P] = chosen.masked_fill(ended, 0.0)
+        ended = ended | (token == eos)
+        if device.type == "cpu" or column % 8 == 0:  # A GPU has to wait for the look at `ended`.
+            going = (~ended).nonzero().squeeze(-1)
+            if len(going) == 0:
+                break
+            if len(going) <= 0.75 * len(rows):  # Copying the cache pays from about a quarter on.
+                cache.select(going)
+                token, ended, rows = token[going], ended[going], rows[going]
+                horizon = None if horizon is None else horizon[going]
+        if column < P + C - 1:
+            hidden, trace = model(token[:, None], cache=cache, horizon=horizon, head=False)
+            experts[:, rows, column] = trace.experts[:, :, 0].where(~ended[:, None], placeholder)
+    return Rollout(tokens, attend, logprobs, experts, P)
+
+
+def rollout_engine(model: MoETransformer, rollout_dtype: str) -> MoETransformer:
+    """The rollout engine: a separate copy of the weights; `synchronise` fills it.
+
+    "fp32"; "bf16": weights and arithmetic in bfloat16; "fp8": the same, and the weights of experts
+    and projections rounded to float8. The router computes in float32 in all of them.
+    """
+    engine = copy.deepcopy(model).eval().requires_grad_(False)
+    if rollout_dtype != "fp32":
+        engine.to(torch.bfloat16)
+        for block in engine.blocks:
+            block.moe.router.float()
+    return engine
+
+
+@torch.no_grad()
+def synchronise(engine: MoETransformer, model: MoETransformer, rollout_dtype: str) -> None:
+    """Copies the model's weights into the rollout engine, rounding them to its precision."""
+    for (name, target), source in zip(engine.named_parameters(), model.parameters(), strict=True):
+        if rollout_dtype == "fp8" and re.search("qkv|out|gate_up|down", name):
+            scale = source.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448  # one per row
+            source = (source / scale).to(torch.float8_e4m3fn).to(source.dtype) * scale
+        target.copy_(source)
+
+
+# --------------------------------------------------------------------------------- 3. Losses
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """GRPO: (Q, G) rewards -> (Q, G), (r - mean) / (unbiased std + 1e-6) over each prompt's group.
+
+    A group whose rewards are all equal, or of one response, teaches nothing: 0.
+    """
+    if rewards.shape[1] == 1:
+        return torch.zeros_like(rewards)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred / (rewards.std(1, keepdim=True) + 1e-6)
+
+
+def ppo_loss(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """Clipped surrogate with clip-higher (DAPO), elementwise: -min(r A, clip(r, 1-low, 1+high) A).
+
+    log_ratio = log pi_theta - log pi_old, of tokens or (GSPO) of sequences.
+    """
+    ratio = log_ratio.exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """GSPO: (B, C) -> (B, 1), the log of (pi_theta(y) / pi_old(y)) ^ (1 / |y|)."""
+    return (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+
+
+def predictor_loss(
+    inputs: Tensor, old_logits: Tensor, logits: Tensor, weight: Tensor, kind: str = "post"
+) -> Tensor:
+    """Loss of the predictor, summed over layers and tokens; trains `weight` alone.
+
+    inputs (L, n, D) h_old; old_logits, logits (L, n, N) p_old and p; weight (L, N, D) W_p.
+    "post"   KL( rho_theta || softmax(p_old + h_old W_p) ), post-routing matching
+    "delta"  KL( softmax(p - p_old) || softmax(h_old W_p) ), the paper's ablation
+    """
+    b = inputs @ weight.transpose(1, 2)
+    target, prediction = (logits, old_logits + b) if kind == "post" else (logits - old_logits, b)
+    target, prediction = target.detach().log_softmax(-1), prediction.log_softmax(-1)
+    return (target.exp() * (target - prediction)).sum()
+
+
+def load_balancing_loss(experts: Tensor, logits: Tensor) -> Tensor:
+    """Switch Transformer's auxiliary loss, mean over layers; 1 when the load is perfectly even.
+
+    N sum_j f_j P_j, f_j the share of slots that went to expert j and P_j its mean probability;
+    experts (L, ..., k) ids, logits (L, ..., N).
+    """
+    N = logits.shape[-1]
+    share = F.one_hot(experts.long(), N).float().flatten(1, -2).mean(1)
+    return N * (share * logits.softmax(-1).flatten(1, -2).mean(1)).sum(-1).mean()
+
+
+# --------------------------------------------------------- 4. One RL step and what it measures
+
+METHODS = ("grpo", "gspo", "r2", "r3", "pr2")
+PHASES = ("rollout", "old_logprobs", "update")
+
+
+@dataclass
+class RLConfig:
+    """Settings of the RL loop. Raises ValueError for a value that makes no sense."""
+
+    method: str = "pr2"
+    prompts: int = 64  # per rollout batch
+    samples: int = 8  # G, responses per prompt
+    max_new_tokens: int = 16
+    temperature: float = 1.0
+    rollout_dtype: str = "fp32"
+    mini_steps: int = 2  # kappa
+    epochs: int = 1  # passes over the rollout batch; i counts on through them
+    micro_batch: int = 0  # responses per forward pass; 0 = a whole mini-step
+    learning_rate: float = 1e-4
+    router_multiplier: float = 1.0  # learning rate of W over the policy's; ours, see the README
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    clip: tuple[float, float] | None = None  # low, high; None: (0.2, 0.28), for gspo (3e-4, 4e-4)
+    alpha: float = 3.0  # learning rate of W_p over the policy's
+    predictor_loss: str = "post"
+    predictor_beta1: float = 0.0  # ours: with Adam's usual 0.9 the prediction lags behind
+    cached_positions: int = 0  # T_c, response positions that train the predictor; 0 = all
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("method", METHODS),
+            ("rollout_dtype", ("fp32", "bf16", "fp8")),
+            ("predictor_loss", ("post", "delta")),
+        ):
+            value = getattr(self, name)
+            expect(value in allowed, f'{name} is "{value}"; expected one of {", ".join(allowed)}')
+        for name, value in vars(self).items():
+            number = isinstance(value, int | float)
+            low = int(name in ("prompts", "samples", "max_new_tokens", "mini_steps", "epochs"))
+            expect(not number or value >= low, f"{name} is {value}; expected at least {low}")
+        expect(self.temperature > 0, "temperature is 0; RL samples, so expected more than 0")
+        kappa, Q = self.mini_steps, self.prompts
+        expect(kappa <= Q, f"mini_steps {kappa} is larger than the {Q} prompts of a rollout batch")
+        equal = Q % kappa == 0
+        expect(
+            equal,
+            f"{Q} prompts in {kappa} mini-steps would leave one short or empty; use a divisor",
+        )
+        if self.clip is None:
+            self.clip = (3e-4, 4e-4) if self.method == "gspo" else (0.2, 0.28)
+
+
+def make_optimizer(model: MoETransformer, config: RLConfig) -> torch.optim.AdamW:
+    """AdamW with a group each for the routers W, the predictors W_p and everything else."""
+    named = list(model.named_parameters())
+    routers = [p for name, p in named if name.endswith("router.weight")]
+    predictors = [p for name, p in named if name.endswith("predictor.weight")]
+    chosen = {id(p) for p in routers + predictors}
+    rate, betas = config.learning_rate, (config.predictor_beta1, config.betas[1])
+    groups = [
+        {"params": [p for _, p in named if id(p) not in chosen]},
+        {"params": routers, "lr": rate * config.router_multiplier},
+        {"params": predictors, "lr": rate * config.alpha, "betas": betas},
+    ]
+    return torch.optim.AdamW(groups, rate, config.betas, weight_decay=0.0, fused=True)
+
+
+class Slice(NamedTuple):
+    """The b responses of one micro-batch, n tokens in all, and what theta_old said of them."""
+
+    tokens: Tensor  # (b, P + c) int64, cut after the longest response
+    attend: Tensor | None  # (b, P + c - 1) bool, None without left padding
+    mask: Tensor  # (b, c) bool, True on response tokens
+    advantages: Tensor  # (b, 1)
+    old_logprobs: Tensor  # (b, c) log pi_old
+    replay: Tensor | None  # (L, b, P + c - 1, k), the route that the update must take
+    reference: Tensor  # (L, n, k), that route at the response tokens; without replay the rollout's
+    stale: Tensor  # (L, n, k), top-k of p_old: what replay without prediction would have taken
+    cached: Tensor  # (b, c) bool, the m tokens that train the predictor
+    inputs: Tensor | None  # (L, m, D), h_old at those tokens
+    old_logits: Tensor  # (L, m, N), p_old at those tokens
+
+
+def at_response(values: Tensor, mask: Tensor) -> Tensor:
+    """(..., b, T, x) -> (..., n, x), the positions that predict the n tokens of mask (b, c)."""
+    return values[..., -mask.shape[1] :, :].flatten(-3, -2)[..., mask.flatten(), :]
+
+
+def predictor_weights(model: MoETransformer) -> Tensor:
+    """W_p of all layers, (L, N, D)."""
+    return torch.stack([block.moe.router.predictor.weight for block in model.blocks])
+
+
+def response_logprobs(model, tokens, attend, mask, temperature, **forward) -> tuple[Tensor, Trace]:
+    """log pi (b, c) of the response tokens, 0 elsewhere, and the Trace of all positions.
+
+    Only positions that predict a response token reach the output head, 8192 at a time and not kept
+    for the backward pass, so that (b, T, vocab_size) logits never exist.
+    """
+
+    def head(hidden: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(
+            model.lm_head(hidden).float() / temperature, targets, reduction="none"
+        )
+
+    hidden, trace = model(tokens[:, :-1], attend=attend, head=False, **forward)
+    hidden, targets = at_response(hidden, mask), tokens[:, -mask.shape[1] :][mask]
+    chunks = zip(hidden.split(8192), targets.split(8192), strict=True)
+    logprobs = [checkpoint(head, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(
+        mask, torch.cat(logprobs)
+    ), trace
+
+
+@torch.no_grad()
+def old_pass(model, config, rollout, advantages, rows, generator) -> tuple[Slice, dict]:
+    """Old log-probs of some rows by the training engine; and sums of metrics over their tokens."""
+    P, method = rollout.prompt_length, config.method
+    mask = rollout.attend[rows, P:]
+    mask = mask[:, : int(mask.sum(1).max())]
+    c, T = mask.shape[1], P + mask.shape[1] - 1
+    tokens, recorded = rollout.tokens[rows, : T + 1], rollout.experts[:, rows, :T]
+    # Causal attention never looks ahead, so only padding on the left needs an attention mask.
+    attend = torch.cat([rollout.attend[rows, :P], torch.ones_like(mask[:, 1:])], 1)
+    attend = None if attend.all() else attend
+    forward = {"replay": recorded if method in ("r3", "pr2") else None, "keep_inputs": True}
+    logprobs, trace = response_logprobs(model, tokens, attend, mask, config.temperature, **forward)
+    replay = {"r2": trace.experts, "r3": recorded, "pr2": recorded}.get(method)
+
+    # T_c: a uniform sub-sample of each response's tokens trains the predictor.
+    draw = torch.rand(mask.shape, device=mask.device, generator=generator).masked_fill(~mask, 2.0)
+    last = min(config.cached_positions or c, c) - 1
+    cached = mask & (draw <= draw.sort(1).values[:, last, None])
+    route, p_old = at_response(recorded, mask), at_response(trace.logits, mask)
+    b = at_response(trace.inputs, mask).float() @ predictor_weights(model).transpose(1, 2)
+    k, ids = route.shape[-1], route.dtype
+    own = (p_old + b if method == "pr2" else p_old).topk(k).indices.to(ids)
+    sums = {
+        "entropy": -logprobs.sum(),  # of the sampled tokens: an unbiased estimate
+        "mismatch_logprob": ((rollout.logprobs[rows, :c] - logprobs) * mask).abs().sum(),
+        # Routes of the rollout engine that the training engine, by the same rule, would not take.
+        "mismatch_route": (shared(route, own) < k).sum() / len(route),
+    }
+    return Slice(
+        tokens,
+        attend,
+        mask,
+        advantages[rows],
+        logprobs,
+        replay,
+        route if replay is None else at_response(replay, mask),
+        p_old.topk(k).indices.to(ids),
+        cached,
+        at_response(trace.inputs, cached).float() if method == "pr2" else None,
+        at_response(trace.logits, cached),
+    ), sums
+
+
+@torch.no_grad()
+def drift(batch: Slice, logits: Tensor) -> dict[str, Tensor]:
+    """How far the routers, now at logits (L, n, N), have moved from the routes of the batch.
+
+    Sums over tokens of means over layers, per slot (agreement) or per set of one token in one
+    layer (the others); `stale` is the counterfactual on the same tokens.
+    """
+    rho, k = logits.softmax(-1), batch.reference.shape[-1]
+    current = rho.topk(k).indices.to(batch.reference.dtype)
+    same, stale = shared(batch.reference, current), shared(batch.stale, current)
+    values = {"agreement": same / k, "stale_agreement": stale / k}
+    values |= {"no_deviation": same == k, "stale_no_deviation": stale == k}
+    values |= {"deviations_1": same == k - 1, "deviations_2": same == k - 2}
+    values |= {"deviations_3_or_more": same < k - 2}
+    values |= {"coverage_gap": 1 - rho.gather(-1, batch.reference.long()).sum(-1)}
+    return {name: value.float().mean(0).sum() for name, value in values.items()}
+
+
+def mini_step(model, optimizer, config, batches: list[Slice], i: int) -> dict[str, float]:
+    """Mini-step i: one update of the policy and, from i = 2 on, of the predictor. Returns metrics.
+
+    The batches are micro-batches: their gradients add up to that of one large batch. An update
+    whose loss or gradient is not finite is skipped.
+    """
+    tokens, cached = sum(b.mask.sum() for b in batches), sum(b.cached.sum() for b in batches)
+    responses, (low, high) = sum(len(b.mask) for b in batches), config.clip
+    optimizer.zero_grad()
+    sums, largest = defaultdict(float), 0.0
+    for batch in batches:
+        forward = (*batch[:3], config.temperature)
+        logprobs, trace = response_logprobs(model, *forward, replay=batch.replay)
+        token_log_ratio = log_ratio = logprobs - batch.old_logprobs
+        weight = batch.mask / tokens  # the mean over the tokens of the mini-step
+        if config.method == "gspo":  # the mean over its sequences
+            log_ratio = sequence_log_ratio(log_ratio, batch.mask)
+            weight = batch.mask / batch.mask.sum(1, keepdim=True) / responses
+        policy_loss = (ppo_loss(log_ratio, batch.advantages, low, high) * weight).sum()
+        sums["loss"] += policy_loss.detach()
+        loss = policy_loss
+        if config.method == "pr2" and i > 1:  # At i = 1 nothing has drifted yet.
+            now = at_response(trace.logits, batch.cached)
+            prediction_loss = predictor_loss(
+                batch.inputs, batch.old_logits, now, predictor_weights(model), config.predictor_loss
+            )
+            loss = policy_loss + prediction_loss / cached
+            sums["predictor_loss"] += prediction_loss.detach() / cached
+        loss.backward()
+
+        ratio, up = log_ratio.detach().exp(), batch.advantages > 0
+        log_ratio = token_log_ratio.detach()
+        sums["clipfrac_low"] += (((ratio < 1 - low) & ~up) * weight).sum()
+        sums["clipfrac_high"] += (((ratio > 1 + high) & up) * weight).sum()
+        sums["approx_kl"] += (log_ratio.exp() - 1 - log_ratio).sum() / tokens
+        sums["log_ratio_mean"] += log_ratio.abs().sum() / tokens
+        largest = max(largest, float(log_ratio.abs().max()))
+        for name, value in drift(batch, at_response(trace.logits.detach(), batch.mask)).items():
+            sums[name] += value / tokens
+
+    main, routers, predictors = (group["params"] for group in optimizer.param_groups)
+    norm = nn.utils.clip_grad_norm_(main + routers, config.max_grad_norm)
+    norm_p = nn.utils.clip_grad_norm_(predictors, config.max_grad_norm)  # clipped by itself
+    finite = math.isfinite(float(loss.detach() + norm + norm_p))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    metrics = {name: float(value) for name, value in sums.items()}
+    return metrics | {
+        "log_ratio_max": largest,
+        "grad_norm": float(norm),
+        "skipped": int(not finite),
+    }
+
+
+def rl_step(
+    model: MoETransformer,
+    engine: MoETransformer,
+    optimizer: torch.optim.AdamW,
+    config: RLConfig,
+    prompts: Tensor,
+    reward: Callable[[Rollout], Tensor],
+    *,
+    eos: int,
+    pad: int,
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
+    """One rollout batch: sample it, score it, train on it in kappa mini-steps. Returns metrics.
+
+    prompts (Q, P) left-padded ids; reward maps the Rollout to (Q * samples,) floats; `engine` comes
+    from `rollout_engine`. Metric "name/i" belongs to mini-step i; plain "name" is the mean over
+    them, but the largest for log_ratio_max and the sum for skipped.
+    """
+    clock, G = [time.perf_counter()], config.samples
+    synchronise(engine, model, config.rollout_dtype)
+    rollout = generate(
+        engine,
+        prompts,
+        config.max_new_tokens,
+        eos=eos,
+        pad=pad,
+        samples=G,
+        temperature=config.temperature,
+        horizon=1.0 if config.method == "pr2" else None,
+        generator=generator,
+    )
+    clock.append(time.perf_counter())
+    rewards = reward(rollout).to(prompts.device)
+    advantages = group_advantages(rewards.view(-1, G)).view(-1, 1)
+    # Old log-probs on the very slices of the updates: pi_theta / pi_old starts at exactly 1.
+    step = len(rewards) // config.mini_steps
+    sums, mini_steps = defaultdict(float), []
+    for first in range(0, len(rewards), step):
+        mini_steps.append([])
+        for start in range(first, first + step, config.micro_batch or step):
+            rows = slice(start, min(start + (config.micro_batch or step), first + step))
+            batch, passed = old_pass(model, config, rollout, advantages, rows, generator)
+            mini_steps[-1].append(batch)
+            for name, value in passed.items():
+                sums[name] += float(value)
+    clock.append(time.perf_counter())
+
+    lengths = rollout.attend[:, rollout.prompt_length :].sum(1).float()
+    metrics = {"reward": float(rewards.mean()), "response_length": float(lengths.mean())}
+    metrics |= {name: value / float(lengths.sum()) for name, value in sums.items()}
+    updates = [
+        mini_step(model, optimizer, config, mini_steps[u % config.mini_steps], u + 1)
+        for u in range(config.epochs * config.mini_steps)
+    ]
+    clock.append(time.perf_counter())
+    for name in updates[-1]:
+        values = {i: row[name] for i, row in enumerate(updates, 1) if name in row}
+        combine = {"log_ratio_max": max, "skipped": sum}.get(name, statistics.fmean)
+        metrics |= {name: combine(values.values())}
+        metrics |= {f"{name}/{i}": value for i, value in values.items()}
+    for name, start, end in zip(PHASES, clock[:-1], clock[1:], strict=True):
+        metrics[f"seconds_{name}"] = end - start
+    return metrics
+
+
+# ------------------------------------------------------------------------------ 5. Toy task
+
+
+class AdditionTask:
+    """Chain-of-thought addition: the prompt "7+5+9=" is answered by its running sums, "12,21.".
+
+    A checksum of the text sets an eighth of the prompts aside; they are never trained on.
+    """
+
+    characters = "_.,+=0123456789"  # one character, one token; "_" pads and "." ends
+    pad, eos = 0, 1
+
+    def __init__(self, operands: int = 3, largest: int = 9):
+        expect(
+            operands > 1 and largest > 0 and (largest + 1) ** operands >= 100,
+            f"{operands} operands up to {largest} make too few problems; expected at least 100",
+        )
+        self.operands, self.largest = operands, largest
+        self.prompt_length = operands * (len(str(largest)) + 1)
+        self.response_length = (operands - 1) * (len(str(operands * largest)) + 1)
+
+    def encode(self, texts: list[str], width: int, left: bool = False) -> Tensor:
+        """Texts -> (len(texts), width) int64 ids, padded on the right or on the left."""
+        texts = [text.rjust(width, "_") if left else text.ljust(width, "_") for text in texts]
+        return torch.tensor([[self.characters.index(c) for c in text] for text in texts])
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """(B, T) ids -> texts without padding."""
+        texts = ("".join(self.characters[i] for i in row) for row in ids.tolist())
+        return [text.replace("_", "") for text in texts]
+
+    def problems(self, count: int, generator: torch.Generator, held_out: bool = False) -> list[str]:
+        """`count` prompts, all from the training part or all from the held-out part."""
+        found: list[str] = []
+        while len(found) < count:
+            numbers = torch.randint(self.largest + 1, (count, self.operands), generator=generator)
+            texts = ["+".join(map(str, row)) + "=" for row in numbers.tolist()]
+            found += [text for text in texts if (zlib.crc32(text.encode()) % 8 == 0) == held_out]
+        return found[:count]
+
+    def solve(self, problem: str, slip: float, generator: torch.Generator) -> str:
+        """The running sums; each is off by one with probability `slip`, and is carried on."""
+        total, *numbers = map(int, problem[:-1].split("+"))
+        sums, draws = [], torch.rand(len(numbers), 2, generator=generator).tolist()
+        for number, (slips, sign) in zip(numbers, draws, strict=True):
+            total = max(0, total + number + (slips < slip) * (1 if sign < 0.5 else -1))
+            sums.append(str(total))
+        return ",".join(sums) + "."
+
+    def rewards(self, texts: list[str]) -> Tensor:
+        """1.0 for "7+5+9=12,21.", a right final answer after well-formed running sums; else 0.0."""
+        form = re.compile(rf"(?:\d+,){{{self.operands - 2}}}(\d+)\.")
+        answers = [
+            (form.fullmatch(text.partition("=")[2]), text.partition("=")[0]) for text in texts
+        ]
+        right = [m and int(m[1]) == sum(map(int, sums.split("+"))) for m, sums in answers]
+        return torch.tensor([float(bool(r)) for r in right])
