@@ -33,7 +33,6 @@ Paper: Dong et al., arXiv:2606.00395. What is ours and not the paper's is marked
 """
 
 import copy
-import itertools
 import math
 import re
 import statistics
@@ -337,8 +336,10 @@ class MoETransformer(nn.Module):
         shape, N = tuple(replay.shape), self.config.num_experts
         integer = replay.dtype in (*ID_DTYPES, torch.int8, torch.int64)
         expect(integer, f"replay has dtype {replay.dtype}; expected integer expert ids")
-        layers = f"replay has routes for {shape[:1]} layers; the model has {expected[0]} MoE layers"
-        expect(shape[:1] == expected[:1], layers)
+        layers = (
+            f"replay has routes for {len(replay)} layers; the model has {expected[0]} MoE layers"
+        )
+        expect(len(replay) == expected[0], layers)
         expect(shape == expected, f"replay has shape {shape}; expected (L, B, T, k) = {expected}")
         inside = bool(((replay >= 0) & (replay < N)).all())
         expect(inside, f"replay names an expert outside 0..{N - 1}, the ids of this model")
@@ -482,7 +483,7 @@ def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
 def predictor_loss(
     inputs: Tensor, old_logits: Tensor, logits: Tensor, weight: Tensor, kind: str = "post"
 ) -> Tensor:
-    """Loss of the predictor, summed over layers and tokens; trains `weight` alone.
+    """Loss of the predictor W_p, summed over layers and tokens; the target gets no gradient.
 
     inputs (L, n, D) h_old; old_logits, logits (L, n, N) p_old and p; weight (L, N, D) W_p.
     "post"   KL( rho_theta || softmax(p_old + h_old W_p) ), post-routing matching
@@ -638,7 +639,7 @@ def old_pass(model, config, rollout, advantages, horizon, rows, generator) -> tu
     own, stale = ((logits + bias).topk(route.shape[-1]).indices.to(route.dtype) for bias in (b, 0))
     sums = {
         "entropy": -old.sum(),  # of the sampled tokens, an unbiased estimate
-        "mismatch_logprob": ((rollout.logprobs[rows, :c] - old) * mask).abs().sum(),
+        "mismatch_logprob": (rollout.logprobs[rows, :c] - old).abs().sum(),
         # Routes of the rollout engine that the training engine, by the same rule, would not take.
         "mismatch_route": (shared(route, own) < route.shape[-1]).sum() / len(route),
     }
@@ -746,41 +747,37 @@ def mini_step(model, optimizer, config, batches, i: int, moments: dict) -> dict[
     return {name: float(value) for name, value in sums.items()}
 
 
-def rl_step(
+def collect(
     model: MoETransformer,
     engine: MoETransformer,
-    optimizer: torch.optim.AdamW,
     config: RLConfig,
     prompts: Tensor,
     reward: Callable[[Rollout], Tensor],
     generator: torch.Generator | None = None,
-) -> dict[str, float]:
-    """One rollout batch: sample it, score it, train on it in kappa mini-steps. Returns metrics.
+) -> tuple[list[list[Slice]], dict[str, float]]:
+    """Samples and scores a rollout batch; the micro-batches of each mini-step, and metrics.
 
     prompts (Q, P) left-padded ids; reward maps the Rollout to (Q * samples,) floats; `engine` comes
-    from `rollout_engine`. Metric "name/i" belongs to mini-step i; plain "name" is the mean over
-    them, but the largest for log_ratio_max and the sum for skipped.
+    from `rollout_engine`.
     """
-    clock, G, kappa = [time.perf_counter()], config.samples, config.mini_steps
+    Q, G, kappa, clock = len(prompts), config.samples, config.mini_steps, [time.perf_counter()]
+    expect(Q % kappa == 0, f"{Q} prompts do not divide into {kappa} equal mini-steps")
     synchronise(engine, model, config.rollout_dtype)
-    sampling = {"samples": G, "temperature": config.temperature, "generator": generator}
-    sampling |= {"eos": config.eos, "pad": config.pad}
-    # pr2 predicts one update ahead. Ours aim at the updates, in the mean over epochs, that will
-    # have been made when the prompt's mini-step comes.
+    # pr2 predicts one update ahead; ours, in the mean over epochs, as many updates as will have
+    # been made when the prompt's mini-step comes.
     ahead = torch.arange(kappa, device=prompts.device) + kappa * (config.epochs - 1) / 2
-    m = {"pr2": torch.ones_like(ahead), "pr2-h": ahead, "pr2-cf": ahead}.get(
-        config.method, 0 * ahead
-    )
-    m = m.repeat_interleave(len(prompts) // kappa)
-    sampling |= {"horizon": m if config.predicts else None}
+    m = ahead if "-" in config.method else torch.full_like(ahead, float(config.predicts))
+    m = m.repeat_interleave(Q // kappa)
+    sampling = {"samples": G, "temperature": config.temperature, "generator": generator}
+    sampling |= {"eos": config.eos, "pad": config.pad, "horizon": m if config.predicts else None}
     rollout = generate(engine, prompts, config.max_new_tokens, **sampling)
-    m = m.repeat_interleave(G)[:, None]
     clock.append(time.perf_counter())
     rewards = reward(rollout).to(prompts.device)
-    advantages = group_advantages(rewards.view(-1, G)).view(-1, 1)
+    advantages = group_advantages(rewards.view(Q, G)).view(-1, 1)
+    m = m.repeat_interleave(G)[:, None]
     # Old log-probs on the very slices of the updates: pi_theta / pi_old starts at exactly 1.
     mini_steps, sums = [], defaultdict(float)
-    for rows in torch.arange(len(rewards)).chunk(kappa):
+    for rows in torch.arange(Q * G).chunk(kappa):
         mini_steps.append([])
         for part in rows.split(config.micro_batch or len(rows)):
             part = slice(int(part[0]), int(part[-1]) + 1)
@@ -789,11 +786,22 @@ def rl_step(
             for name, value in passed.items():
                 sums[name] += float(value)
     clock.append(time.perf_counter())
-    lengths = rollout.attend[:, rollout.prompt_length :].sum(1).float()
-    metrics = {"reward": float(rewards.mean()), "response_length": float(lengths.mean())}
-    metrics |= {name: value / float(lengths.sum()) for name, value in sums.items()}
+    tokens = float(rollout.attend[:, rollout.prompt_length :].sum())
+    metrics = {"reward": float(rewards.mean()), "response_length": tokens / (Q * G)}
+    metrics |= {name: value / tokens for name, value in sums.items()}
+    metrics |= {"seconds_rollout": clock[1] - clock[0], "seconds_old_logprobs": clock[2] - clock[1]}
+    return mini_steps, metrics
+
+
+def rl_step(model, engine, optimizer, config, prompts, reward, generator=None) -> dict[str, float]:
+    """One rollout batch: `collect` it, then train on it in kappa mini-steps. Returns metrics.
+
+    Metric "name/i" belongs to mini-step i; plain "name" is the mean over mini-steps, but the
+    largest for log_ratio_max and the sum for skipped.
+    """
+    mini_steps, metrics = collect(model, engine, config, prompts, reward, generator)
+    start, moments = time.perf_counter(), {}
     order = enumerate(mini_steps * config.epochs, 1)
-    moments: dict = {}
     updates = {i: mini_step(model, optimizer, config, b, i, moments) for i, b in order}
     if moments and all(value.isfinite().all() for value in moments.values()):
         fit_velocity(model, moments)
@@ -802,9 +810,7 @@ def rl_step(
         combine = {"log_ratio_max": max, "skipped": sum}.get(name, statistics.fmean)
         metrics[name] = combine(values.values())
         metrics |= {f"{name}/{i}": value for i, value in values.items()}
-    clock.append(time.perf_counter())
-    seconds = (end - start for start, end in itertools.pairwise(clock))
-    return metrics | {f"seconds_{phase}": s for phase, s in zip(PHASES, seconds, strict=True)}
+    return metrics | {"seconds_update": time.perf_counter() - start}
 
 
 # ------------------------------------------------------------------------------ 5. Toy task
