@@ -1816,3 +1816,105 @@ def test_short_run_improves_reward_over_its_start(base, tmp_path):
     assert done.returncode == 0, done.stderr
     rewards = [row["reward"] for row in rows(tmp_path / "run")]
     assert statistics.fmean(rewards[-5:]) > statistics.fmean(rewards[:5]) + 0.05
+
+
+# ------------------------------------------------------------------------ --compare and the figures
+
+
+def test_variant_is_a_method_with_settings_changed():
+    flags = train_toy.parse_variant("pr2:alpha=0.3,loss=delta,mini-steps=8")
+    assert flags == {"method": "pr2", "alpha": 0.3, "predictor_loss": "delta", "mini_steps": 8}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--compare pr2:beta=1", 'variant "pr2:beta=1" changes "beta", which is not a setting'),
+        ("--compare pr2:alpha=big", 'gives alpha the bad value "big"'),
+        ("--compare pr2:seed=1", 'changes "seed", which is not a setting'),
+        ("--compare ppo", 'method is "ppo"; expected one of'),
+        ("--compare r3 r3", "names r3 twice"),
+        ("--compare r3 --seeds 0", "--seeds is 0; expected at least 1"),
+        ("--compare r3 --method r2", "takes methods as variants, not as --method"),
+        ("--compare r3 --resume run", "resumes by itself"),
+        ("--seeds 2", "--seeds belongs to --compare"),
+    ],
+)
+def test_bad_comparison_is_refused_in_one_sentence(flags, message, capsys, tmp_path):
+    out = "" if "--resume" in flags else f" --out {tmp_path / 'run'}"
+    assert message in refusal(capsys, flags + out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interval_is_that_of_the_paired_difference():
+    mean, width = train_toy.interval([1.0, 2.0, 3.0], [0.0, 2.0, 4.0])
+    assert mean == 2.0
+    assert width == pytest.approx(4.303 / math.sqrt(3))  # differences 1, 0, -1; t of 2 degrees
+
+
+def test_interval_of_one_seed_is_unknown():
+    assert math.isnan(train_toy.interval([1.0], None)[1])
+
+
+COMPARE = f"--compare r3 pr2-cf {SMALL} --seeds 2 --steps 3 --mini-steps 2"
+
+
+@pytest.fixture(scope="session")
+def compared(base, tmp_path_factory):
+    """A comparison of two methods over two seeds."""
+    folder = tmp_path_factory.mktemp("compared")
+    shutil.copytree(base, folder / "base")
+    done = toy(folder, f"{COMPARE} --out run")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_comparison_prints_a_row_for_each_variant(compared):
+    lines = [line for line in compared[1].stdout.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["r3", "pr2-cf"]
+    assert "reward at the last rollout" in lines[0]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_comparison_writes_its_numbers(compared):
+    content = json.loads((compared[0] / "run" / "compare.json").read_text())
+    last = rows(compared[0] / "run" / "seed1-r3")[-1]["reward"]
+    assert content["runs"]["r3"][1]["reward at the last rollout"] == last
+    assert set(content["table"]) == {"r3", "pr2-cf"}
+
+
+def test_variants_start_from_the_same_base_and_prompts(compared):
+    """Until the first velocity is fitted, pr2-cf is r3: the first batch is the same to the bit."""
+    first = [rows(compared[0] / "run" / f"seed0-{variant}")[0] for variant in ("r3", "pr2-cf")]
+    assert first[0]["reward"] == first[1]["reward"]
+    assert first[0]["grad_norm/2"] == first[1]["grad_norm/2"]
+
+
+def test_comparison_resumes_at_the_run_that_was_killed(compared, tmp_path):
+    folder = Path(shutil.copytree(compared[0], tmp_path / "again"))
+    kept = folder / "run" / "seed0-r3" / "metrics.jsonl"
+    before, killed = kept.stat().st_mtime_ns, folder / "run" / "seed1-pr2-cf" / "metrics.jsonl"
+    whole = rows(killed.parent)
+    killed.write_text(killed.read_text().splitlines(keepends=True)[0])
+    assert toy(folder, f"{COMPARE} --out run").returncode == 0
+    assert kept.stat().st_mtime_ns == before
+    assert rows(killed.parent) == whole
+
+
+def test_comparison_into_a_folder_with_other_settings_is_refused(compared):
+    done = toy(compared[0], f"{COMPARE} --out run --alpha 7")
+    assert done.returncode == 2
+    assert "holds a run with other settings" in done.stderr
+
+
+def test_figures_are_drawn(compared, finished):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    for path in (compared[0] / "run" / "compare.png", finished[0] / "run.png"):
+        assert path.read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (compared[0] / "run" / "compare.svg").read_text()
+
+
+def test_without_matplotlib_a_run_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert train_toy.pyplot() is None
+    assert "pip install matplotlib" in capsys.readouterr().out

@@ -379,7 +379,37 @@ def train(flags: dict, folder: Path, resume: bool = False, shared_bar: tqdm | No
     show("after RL", model, task, held_out[:3])
     summarise(history, config)
     print(f"wrote            {metrics_path}")
+    if plot := pyplot():
+        prompts = task.encode(task.problems(config.prompts, prompts_from), task.prompt_length, True)
+        collected = (model, engine, config, prompts.to(device), reward, samples_from)
+        mini_steps, _ = pr2_mini.collect(*collected)
+        for i, batches in enumerate(mini_steps[:-1], 1):  # what the last mini-step will find
+            pr2_mini.mini_step(model, optimizer, config, batches, i, {})
+        draw_run(plot, history, *watch(model, config, mini_steps[-1][0], task), folder)
     return 0
+
+
+@torch.no_grad()
+def watch(
+    model: MoETransformer, config: RLConfig, batch: pr2_mini.Slice, task: AdditionTask
+) -> tuple[list[str], torch.Tensor]:
+    """One response of a micro-batch, by token, and the state (L, tokens) of its routes.
+
+    0: the replayed set is the current one, and so is the stale one; 1: only the replayed one is;
+    2: only the stale one is; 3: neither.
+    """
+    forward = (model, *batch[:3], config.temperature)
+    _, trace = pr2_mini.response_logprobs(*forward, replay=batch.replay)
+    logits = pr2_mini.at_response(trace.logits, batch.mask)
+    k = batch.reference.shape[-1]
+    current = logits.topk(k).indices.to(batch.stale.dtype)
+    replayed, stale = (pr2_mini.shared(r, current) == k for r in (batch.reference, batch.stale))
+    states = torch.where(replayed, 1 - stale.int(), 3 - stale.int())
+    lengths = batch.mask.sum(1).tolist()
+    by_response = states.split(lengths, 1)
+    row = max(range(len(lengths)), key=lambda r: int((by_response[r] > 0).sum()))
+    tokens = batch.tokens[row][-batch.mask.shape[1] :][batch.mask[row]]
+    return [task.characters[token] for token in tokens], by_response[row].cpu()
 
 
 def ratio(log_ratio: float | None) -> float:
@@ -413,7 +443,7 @@ def summarise(history: list[dict], config: RLConfig) -> None:
     print(f"seconds per step {', '.join(seconds)}")
 
 
-# -------------------------------------------------------------------------------- Comparison
+# ------------------------------------------------------------------------ Comparison and figures
 
 VARIANTS = ["grpo", "gspo", "r2", "r3", "pr2", "pr2-h", "pr2-cf"]
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 1 to 9
@@ -443,6 +473,9 @@ def summary(history: list[dict]) -> dict[str, float]:
         values = [row[name] for row in settled for name in names if row.get(name) is not None]
         return len(names) * statistics.fmean(values) if values else math.nan
 
+    def seconds(row: dict) -> float:
+        return sum(row[f"seconds_{phase}"] for phase in pr2_mini.PHASES)
+
     steps = [name.rpartition("/")[2] for name in history[0] if name.startswith("no_deviation/")]
     columns = {"reward at the last rollout": history[-1]["reward"]}
     columns |= {"greedy accuracy": history[-1]["greedy_accuracy"]}
@@ -453,7 +486,7 @@ def summary(history: list[dict]) -> dict[str, float]:
     columns |= {"clipfrac": mean("clipfrac_low", "clipfrac_high")}
     columns |= {"largest ratio": max(ratio(row["log_ratio_max"]) for row in settled)}
     columns |= {"mismatch": mean("mismatch_logprob"), "route mismatch": mean("mismatch_route")}
-    return columns | {"s/step": mean(*(f"seconds_{phase}" for phase in pr2_mini.PHASES))}
+    return columns | {"s/step": statistics.median(map(seconds, settled))}
 
 
 DEVIATIONS = ("1", "2", "3_or_more")
@@ -476,6 +509,8 @@ def compare(given: dict, variants: list[str]) -> int:
         "resume" not in given, "--compare resumes by itself; repeat its command without --resume"
     )
     expect("method" not in given, "--compare takes methods as variants, not as --method")
+    for variant in variants:
+        expect(variants.count(variant) == 1, f"--compare names {variant} twice")
     runs = {}
     for seed in range(given.get("seed", 0), given.get("seed", 0) + seeds):
         for variant in variants:
@@ -555,14 +590,64 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        print("no figure: pip install matplotlib, and run the same command again")
+        print("no figure         pip install matplotlib draws one, for this command run again")
         return None
     matplotlib.use("Agg")
+    import matplotlib.colors
+    import matplotlib.patches
     import matplotlib.pyplot
 
     matplotlib.pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False})
     matplotlib.pyplot.rcParams.update({"axes.spines.right": False, "svg.hashsalt": "pr2"})
     return matplotlib.pyplot
+
+
+STATES = {
+    "replayed set is still the current one": "#E5E5E5",
+    "prediction caught what stale replay would have missed": "#0072B2",
+    "stale replay was right, prediction is not": "#E69F00",
+    "both miss": "#000000",
+}
+
+
+def draw_run(plot, history: list[dict], tokens: list[str], states: torch.Tensor, out: Path) -> None:
+    """run.png: reward and agreement over the run, and the routes of one response."""
+    figure = plot.figure(figsize=(9, 5.6))
+    (top, bottom) = figure.subfigures(2, 1, height_ratios=[3, 2])
+    reward, agreement = top.subplots(1, 2)
+    x = [row["step"] for row in history]
+    reward.plot(x, [row["reward"] for row in history], color="#0072B2", label="sampled")
+    greedy = [row["greedy_accuracy"] for row in history]
+    reward.plot(x, greedy, "--", color="#999999", label="greedy, held out")
+    reward.set(title="Reward", xlabel="rollout batch")
+    last = max(int(name[10:]) for name in history[0] if name.startswith("agreement/"))
+    for name, colour, line in (("agreement", "#D55E00", "-"), ("stale_agreement", "#000000", ":")):
+        label = f"{'stale replay' if 'stale' in name else 'replayed'}, mini-step {last}"
+        values = [100 * row[f"{name}/{last}"] for row in history]
+        agreement.plot(x, values, line, color=colour, label=label, linewidth=1)
+    agreement.set(title="Replayed experts that are still current, %", xlabel="rollout batch")
+    reward.legend(frameon=False)
+    agreement.legend(frameon=False)
+    grid = bottom.subplots()
+    colours = list(STATES.values())
+    picture = [[plot.matplotlib.colors.to_rgb(colours[s]) for s in row] for row in states.tolist()]
+    grid.imshow(picture, aspect="auto")
+    grid.set(title="The response with most drift in the last mini-step: tokens and layers")
+    grid.set(xticks=range(len(tokens)), yticks=range(len(states)), ylabel="layer")
+    grid.set_xticklabels(tokens, fontfamily="monospace")
+    grid.set_xticks([i - 0.5 for i in range(1, len(tokens))], minor=True)
+    grid.set_yticks([i - 0.5 for i in range(1, len(states))], minor=True)
+    grid.grid(which="minor", color="white", linewidth=2)
+    grid.tick_params(which="both", length=0)
+    patches = [plot.matplotlib.patches.Patch(color=c, label=name) for name, c in STATES.items()]
+    grid.legend(
+        handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False
+    )
+    top.subplots_adjust(bottom=0.2, left=0.06, right=0.98)
+    bottom.subplots_adjust(bottom=0.4, left=0.06, right=0.98)
+    figure.savefig(out / "run.png", dpi=150)
+    plot.close(figure)
+    print(f"wrote            {out / 'run.png'}")
 
 
 def draw_comparison(histories: dict[str, list[list[dict]]], out: Path) -> None:
