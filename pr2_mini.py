@@ -26,8 +26,8 @@ Which experts run in which pass (paper, Table 1); sections 2 and 4 are this tabl
   update    pi_theta  own top-k     replay of the old pass    replay of rollout   replay of rollout
 
 Two methods are ours and route like pr2. pr2-h scales the prediction by the number of updates that
-will have been made when the prompt is trained; pr2-cf also replaces the predictor's gradient
-descent by a regression in closed form with a gain that calibrates itself, so it has no alpha.
+will have been made when the prompt is trained; pr2-cf does not learn W_p but reads it, in closed
+form, from the momentum of the router's optimizer, with a gain that calibrates itself: no alpha.
 
 Paper: Dong et al., arXiv:2606.00395. What is ours and not the paper's is marked "ours".
 """
@@ -56,15 +56,11 @@ def expect(holds: bool, message: str) -> None:
 
 
 # ---------------------------------------------------------------------------------- 1. Model
-
-
 @dataclass
 class ModelConfig:
     """Shape of the transformer; field names are Hugging Face's config.json keys.
-
     qk_norm: "head" normalises every query and key head by itself (Qwen3-MoE), "full" all heads
-    together (OLMoE), "none" neither (Mixtral). Raises ValueError for what cannot be built.
-    """
+    together (OLMoE), "none" neither (Mixtral). Raises ValueError for what cannot be built."""
 
     vocab_size: int
     hidden_size: int = 64
@@ -84,20 +80,15 @@ class ModelConfig:
 
     def __post_init__(self):
         N, k, norm = self.num_experts, self.num_experts_per_tok, self.qk_norm
-        heads, key_heads = self.num_attention_heads, self.num_key_value_heads
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
         for name, value in vars(self).items():
             expect(type(value) is not int or value > 0, f"{name} is {value}; expected at least 1")
         expect(k <= N, f"num_experts_per_tok is {k}, but num_experts is {N}; expected at most {N}")
-        even = heads % key_heads == 0
-        expect(
-            even, f"num_attention_heads {heads} not divisible by num_key_value_heads {key_heads}"
-        )
+        even = heads % groups == 0
+        expect(even, f"num_attention_heads {heads} not divisible by num_key_value_heads {groups}")
         expect(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary needs an even number")
         known = norm in ("head", "full", "none")
         expect(known, f'qk_norm is "{norm}"; expected "head", "full" or "none"')
-
-
-ID_DTYPES = (torch.uint8, torch.int16, torch.int32)  # expert ids take the first that holds them
 
 
 class Trace(NamedTuple):
@@ -105,23 +96,22 @@ class Trace(NamedTuple):
 
     experts: Tensor  # (L, B, T, k) expert ids used, best first, in the smallest type that fits
     logits: Tensor  # (L, B, T, N) float32 router logits p = h W, without the predictor
-    inputs: Tensor | None  # (L, B, T, D) router inputs h, detached; only with keep_inputs=True
+    inputs: Tensor | None = None  # (L, B, T, D) router inputs h, detached; with keep_inputs=True
 
 
 class Cache:
     """Keys and values of the positions seen so far, allocated once."""
 
     def __init__(self, config: ModelConfig, rows: int, length: int, like: Tensor):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length)
-        self.keys = like.new_empty(*shape, config.head_dim)
-        self.values = like.new_empty(*shape, config.head_dim)
+        shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, length)
+        self.keys_values = like.new_empty(*shape, config.head_dim)
         self.attend = torch.ones(rows, length, dtype=torch.bool, device=like.device)
         self.padded = False  # True once some position must not be attended to
         self.used = 0
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows, in this order; a row may be named several times or left out."""
-        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
+        self.keys_values = self.keys_values.index_select(2, rows)
         self.attend = self.attend.index_select(0, rows)
 
 
@@ -133,31 +123,27 @@ class Router(nn.Module):
         self.top_k, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))  # W
         self.predictor = nn.Linear(config.hidden_size, config.num_experts, bias=False)  # W_p
-        self.register_buffer("velocity", torch.zeros_like(self.weight))  # V of pr2-cf
-        self.register_buffer("gain", torch.zeros(2))  # running <drift, h V> and <h V, h V>
+        nn.init.zeros_(self.predictor.weight)
+        self.register_buffer("gain", torch.zeros(2))  # pr2-cf: running <drift, b> and <b, b>
 
     def forward(self, h, replay, horizon):
-        """(n, D) -> weights (n, k), expert ids (n, k) int64, router logits p (n, N)."""
+        """(..., D) -> weights (..., k), expert ids (..., k) int64, router logits p (..., N)."""
         h = h.float()
         p = scores = F.linear(h, self.weight.float())  # p = h W
         if horizon is not None:  # rho_hat = softmax(p + m b), b = h W_p; the paper's m is 1
             # Detached: the policy loss never trains W_p.
             scores = p + horizon * F.linear(h, self.predictor.weight.detach().float())
         rho = scores.softmax(-1)
-        if replay is None:
-            weights, experts = rho.topk(self.top_k)
-        else:  # Replay picks the set; the weights are today's, so the router still gets gradient.
-            experts = replay.long()
-            weights = rho.gather(-1, experts)
+        experts = rho.topk(self.top_k).indices if replay is None else replay.long()
+        # Replay picks the set; the weights are today's, so the router still gets gradient.
+        weights = rho.gather(-1, experts)
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights, experts, p
 
 
-@torch.compiler.disable  # torch 2.13 cannot trace it in float32, so the graph breaks around it
-def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """rows (n, in) sorted by expert, weight (N, out, in), ends (N,) -> (n, out)."""
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+# torch 2.13 cannot compile it in float32, so the graph breaks around it.
+grouped_mm = torch.compiler.disable(F.grouped_mm)
 
 
 class MoE(nn.Module):
@@ -166,30 +152,27 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         N, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        dtypes = (torch.uint8, torch.int16, torch.int32)  # ids take the first that holds them
+        self.id_dtype = next(t for t in dtypes if torch.iinfo(t).max >= N - 1)
         self.router = Router(config)
         self.gate_up = nn.Parameter(torch.empty(N, 2 * width, D))
         self.down = nn.Parameter(torch.empty(N, D, width))
 
     def forward(self, h, replay, horizon):
-        """(n, D) -> output (n, D), expert ids (n, k), router logits (n, N)."""
+        """(..., D) -> output (..., D), expert ids (..., k), router logits (..., N)."""
         weights, experts, p = self.router(h, replay, horizon)
-        n, k = experts.shape
         # grouped_mm wants the rows of one expert side by side, and where each expert's rows end.
-        order = experts.flatten().argsort()
-        ends = torch.bincount(experts.flatten(), minlength=len(self.down)).cumsum(0).int()
-        rows = h.index_select(0, order // k)
-        gate, up = grouped_mm(rows, self.gate_up, ends).chunk(2, -1)
-        rows = grouped_mm(F.silu(gate) * up, self.down, ends)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=h.device))
-        outputs = rows.index_select(0, back).view(n, k, -1)
+        slots = experts.flatten()
+        order = slots.argsort()
+        ends = torch.bincount(slots, minlength=len(self.down)).cumsum(0).int()
+        rows = h.flatten(0, -2).index_select(0, order // experts.shape[-1])
+        gate, up = grouped_mm(rows, self.gate_up.mT, offs=ends).chunk(2, -1)
+        rows = grouped_mm(F.silu(gate) * up, self.down.mT, offs=ends)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=h.device))
+        outputs = rows.index_select(0, back).view(*experts.shape, -1)
         # sum over j in I of rho_j E_j(h)
-        return (outputs * weights.to(h.dtype).unsqueeze(-1)).sum(1), experts, p
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions on (B, T, heads, head_dim), pairing dimension j with j + head_dim / 2."""
-    cosine, sine = rotary
-    return x * cosine + x.roll(x.shape[-1] // 2, -1) * sine
+        output = (outputs * weights.to(h.dtype).unsqueeze(-1)).sum(-2)
+        return output, experts.to(self.id_dtype), p
 
 
 class Attention(nn.Module):
@@ -204,9 +187,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
         self.out = nn.Linear(query, config.hidden_size, bias=False)
         if self.qk_norm != "none":
-            head = self.qk_norm == "head"
-            self.q_norm = nn.RMSNorm(self.head_dim if head else query, config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim if head else key, config.rms_norm_eps)
+            sizes = (query, key) if self.qk_norm == "full" else (self.head_dim, self.head_dim)
+            self.q_norm, self.k_norm = (nn.RMSNorm(size, config.rms_norm_eps) for size in sizes)
 
     def forward(self, x, rotary, mask, cache):
         q, k, v = self.qkv(x).split(self.widths, -1)
@@ -215,11 +197,13 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rotary), rotate(k, rotary), v))
+        cosine, sine = rotary  # Rotates the pair of dimensions j and j + head_dim / 2.
+        q, k = (t * cosine + t.roll(self.head_dim // 2, -1) * sine for t in (q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
-            new, end = slice(cache.used, cache.used + x.shape[1]), cache.used + x.shape[1]
-            cache.keys[self.layer, :, :, new], cache.values[self.layer, :, :, new] = k, v
-            k, v = cache.keys[self.layer, :, :, :end], cache.values[self.layer, :, :, :end]
+            stored, end = cache.keys_values[:, self.layer], cache.used + x.shape[1]
+            stored[0, :, :, cache.used : end], stored[1, :, :, cache.used : end] = k, v
+            k, v = stored[:, :, :, :end]
         causal = mask is None and x.shape[1] > 1
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -235,9 +219,9 @@ class Block(nn.Module):
 
     def forward(self, x, rotary, mask, cache, replay, horizon):
         x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
-        h = self.moe_norm(x).flatten(0, 1)
+        h = self.moe_norm(x)
         y, experts, p = self.moe(h, replay, horizon)
-        return x + y.view_as(x), experts, p, h.detach()
+        return x + y, experts, p, h.detach()
 
 
 class MoETransformer(nn.Module):
@@ -245,8 +229,7 @@ class MoETransformer(nn.Module):
 
     The route is an argument and a result, never a mode (ours; the frameworks keep a process-global
     registry): `forward(replay=trace.experts)` repeats bit for bit the forward at the same horizon
-    that returned the trace, under activation checkpointing and torch.compile too.
-    """
+    that returned the trace, under activation checkpointing and torch.compile too."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -258,9 +241,7 @@ class MoETransformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed.weight
         for name, parameter in self.named_parameters():
-            if name.endswith("predictor.weight"):
-                nn.init.zeros_(parameter)
-            elif parameter.dim() > 1:
+            if parameter.dim() > 1 and not name.endswith("predictor.weight"):
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
     def forward(
@@ -277,35 +258,30 @@ class MoETransformer(nn.Module):
         """Next-token logits (B, T, vocab_size), and what the routers saw.
 
         tokens   (B, T) int64, left-padded; with a cache, only the positions not yet in it.
-        attend   (B, T) bool, True on real tokens, padding left or right of them; None = all.
+        attend   (B, T) bool, True on real tokens, padding left (or right, if no cache); None = all.
         replay   (L, B, T, k) integer ids, distinct in a row: these experts instead of the top-k.
         horizon  None = predictor off; m, a float or (B,) = route, and weight, by
                  softmax(p + m h W_p). The paper's rollout has m = 1.
         head     False returns the final hidden states (B, T, D) instead of logits.
-        Raises ValueError if the positions or the replay do not fit the model.
-        """
-        (B, T), L, N = tokens.shape, len(self.blocks), self.config.num_experts
+        Raises ValueError if the positions or the replay do not fit the model."""
+        (B, T), L = tokens.shape, len(self.blocks)
         length = T + (cache.used if cache is not None else 0)
         fits = length <= self.config.max_position_embeddings
         expect(fits, f"{length} positions exceed max_position_embeddings; shorten the prompts")
         if replay is not None:
             self.check_replay(replay, (L, B, T, self.config.num_experts_per_tok))
         if isinstance(horizon, Tensor):
-            horizon = horizon.expand(B).repeat_interleave(T)[:, None]
+            horizon = horizon.expand(B)[:, None, None]
         rotary, mask = self.positions(T, attend, cache)
-        x, experts, logits, inputs = self.embed(tokens), [], [], []
-        for layer, block in enumerate(self.blocks):
-            route = None if replay is None else replay[layer].flatten(0, 1)
-            x, used, p, h = block(x, rotary, mask, cache, route, horizon)
-            experts.append(used.to(next(t for t in ID_DTYPES if torch.iinfo(t).max >= N - 1)))
-            logits.append(p)
-            inputs.append(h if keep_inputs else None)
+        x, seen = self.embed(tokens), []
+        for block, route in zip(self.blocks, [None] * L if replay is None else replay, strict=True):
+            x, *routing = block(x, rotary, mask, cache, route, horizon)
+            seen.append(routing if keep_inputs else routing[:2])
         if cache is not None:
             cache.used = length
-        experts, logits = (torch.stack(t).unflatten(1, (B, T)) for t in (experts, logits))
-        inputs = torch.stack(inputs).unflatten(1, (B, T)) if keep_inputs else None
+        trace = Trace(*(torch.stack(layers) for layers in zip(*seen, strict=True)))
         x = self.norm(x)
-        return self.lm_head(x) if head else x, Trace(experts, logits, inputs)
+        return self.lm_head(x) if head else x, trace
 
     def positions(self, T: int, attend: Tensor | None, cache: Cache | None):
         """Rotary cosine and sine, (1 or B, T, 1, head_dim), and the attention mask or None."""
@@ -321,26 +297,22 @@ class MoETransformer(nn.Module):
         at = columns[None] if attend is None else attend.cumsum(-1).sub(1).clamp(min=0)
         pair = torch.arange(0, self.config.head_dim, 2, device=device) / self.config.head_dim
         angle = (at[:, start:, None] * self.config.rope_theta**-pair).unsqueeze(2)
-        cosine, sine = angle.cos(), angle.sin()  # the first half of x * sine enters negated
+        cosine, sine = angle.cos(), angle.sin()  # (x_j, y_j) -> (x cos - y sin, y cos + x sin)
         rotary = cosine.repeat(1, 1, 1, 2).to(dtype), torch.cat([-sine, sine], -1).to(dtype)
         if attend is None and (start == 0 or T == 1):
             return rotary, None  # Plain causal attention needs no mask, a single query neither.
         visible = columns <= columns[start:, None]
         if attend is not None:  # A padding position sees itself, lest its softmax be empty.
             visible = visible & (attend[:, None, None] | (columns == columns[start:, None]))
-        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-        return rotary, mask.masked_fill(~visible, -math.inf)
+        return rotary, torch.where(visible, 0.0, -math.inf).to(dtype)
 
     def check_replay(self, replay: Tensor, expected: tuple[int, ...]) -> None:
         """Refuses routes that no forward of this model on these tokens could have returned."""
-        shape, N = tuple(replay.shape), self.config.num_experts
-        integer = replay.dtype in (*ID_DTYPES, torch.int8, torch.int64)
+        (L, *_), shape, N = expected, tuple(replay.shape), self.config.num_experts
+        integer = not replay.dtype.is_floating_point and replay.dtype != torch.bool
         expect(integer, f"replay has dtype {replay.dtype}; expected integer expert ids")
-        layers = (
-            f"replay has routes for {len(replay)} layers; the model has {expected[0]} MoE layers"
-        )
-        expect(len(replay) == expected[0], layers)
-        expect(shape == expected, f"replay has shape {shape}; expected (L, B, T, k) = {expected}")
+        message = f"replay has shape {shape}; the model has {L} MoE layers and expects {expected}"
+        expect(shape == expected, message)
         inside = bool(((replay >= 0) & (replay < N)).all())
         expect(inside, f"replay names an expert outside 0..{N - 1}, the ids of this model")
         distinct = int(shared(replay, replay).sum()) == replay.numel()
@@ -353,8 +325,6 @@ def shared(route: Tensor, other: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------- 2. Rollout
-
-
 class Rollout(NamedTuple):
     """B = Q * samples sampled responses, prompt-major, with the routes that produced them."""
 
@@ -379,11 +349,9 @@ def generate(
     generator: torch.Generator | None = None,
 ) -> Rollout:
     """Samples responses with a KV cache and records the routes that produced them.
-
     prompts (Q, P) int64, left-padded with `pad`; horizon None, a float or (Q,), see `forward`.
     temperature 0 is greedy, with log-probabilities at temperature 1; eos -1 never stops.
-    A prompt is computed once for all its samples; a finished response leaves the batch.
-    """
+    A prompt is computed once for all its samples; a finished response leaves the batch."""
     (Q, P), C, device = prompts.shape, max_new_tokens, prompts.device
     expect(C > 0 and samples > 0, f"max_new_tokens {C} and samples {samples} must be positive")
     expect(temperature >= 0, f"temperature is {temperature}; expected at least 0")
@@ -394,47 +362,42 @@ def generate(
     cache.select(group)
     if horizon is not None:
         horizon = torch.as_tensor(horizon, device=device).expand(Q)[group]
-    B, (L, k) = len(group), (len(trace.experts), trace.experts.shape[-1])
-    tokens = torch.cat([prompts[group], prompts.new_full((B, C), pad)], 1)
-    attend = torch.cat([real[group], real.new_zeros(B, C)], 1)
-    logprobs = torch.zeros(B, C, device=device)
-    placeholder = torch.arange(k, device=device, dtype=trace.experts.dtype)
-    experts = placeholder.repeat(L, B, P + C - 1, 1)
-    experts[:, :, :P] = trace.experts[:, group]
-
-    hidden, rows = hidden[group], torch.arange(B, device=device)  # the responses still in the batch
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    tokens = F.pad(prompts[group], (0, C), value=pad)
+    experts = F.pad(trace.experts[:, group], (0, 0, 0, C - 1))
+    logprobs = torch.zeros(len(group), C, device=device)
+    hidden, rows = hidden[group], torch.arange(len(group), device=device)  # those still sampled
     for column in range(P, P + C):
         log_p = (model.lm_head(hidden[:, -1]).float() / (temperature or 1.0)).log_softmax(-1)
         race = torch.ones_like(log_p)
         if temperature:  # An exponential race is a categorical sample that never waits for the GPU.
             race.exponential_(generator=generator)
-        token = (log_p.exp() / race).argmax(-1)
-        tokens[rows, column] = token.masked_fill(ended, pad)
-        attend[rows, column] = ~ended
-        chosen = log_p.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-        logprobs[rows, column - P] = chosen.masked_fill(ended, 0.0)
-        ended = ended | (token == eos)
-        if device.type == "cpu" or column % 8 == 0:  # A GPU has to wait for the look at `ended`.
-            going = (~ended).nonzero().squeeze(-1)
+        token = (log_p.exp() / race).argmax(-1, keepdim=True)
+        tokens[rows, column] = token[:, 0]
+        logprobs[rows, column - P] = log_p.gather(-1, token)[:, 0]
+        if device.type == "cpu" or column % 8 == 0:  # A GPU has to wait for the look at the tokens.
+            going = (tokens[rows, P : column + 1] != eos).all(1).nonzero()[:, 0]
             if len(going) == 0:
                 break
             if len(going) <= 0.75 * len(rows):  # Copying the cache pays from about a quarter on.
                 cache.select(going)
-                token, ended, rows = token[going], ended[going], rows[going]
+                token, rows = token[going], rows[going]
                 horizon = None if horizon is None else horizon[going]
         if column < P + C - 1:
-            hidden, trace = model(token[:, None], cache=cache, horizon=horizon, head=False)
-            experts[:, rows, column] = trace.experts[:, :, 0].where(~ended[:, None], placeholder)
-    return Rollout(tokens, attend, logprobs, experts, P)
+            hidden, trace = model(token, cache=cache, horizon=horizon, head=False)
+            experts[:, rows, column] = trace.experts[:, :, 0]
+    # Wipes what was sampled between a response's end and its leaving the batch.
+    over = (tokens[:, P:] == eos).cumsum(1) > 0  # at the end token and after it
+    after, placeholder = F.pad(over, (1, -1)), torch.arange(experts.shape[-1]).to(experts)
+    tokens[:, P:].masked_fill_(after, pad)
+    experts[:, :, P:] = experts[:, :, P:].where(~over[:, :-1, None], placeholder)
+    attend = torch.cat([real[group], ~after], 1)
+    return Rollout(tokens, attend, logprobs.masked_fill(after, 0.0), experts, P)
 
 
 def rollout_engine(model: MoETransformer, rollout_dtype: str) -> MoETransformer:
     """A separate copy of the model, in the rollout's precision; `synchronise` fills it.
-
     "fp32"; "bf16": weights and arithmetic in bfloat16; "fp8": the same, but weights of experts and
-    projections are rounded to float8 first. The router computes in float32 in all of them.
-    """
+    projections are rounded to float8 first. The router computes in float32 in all of them."""
     engine = copy.deepcopy(model).eval().requires_grad_(False)
     for name, parameter in engine.named_parameters():
         if rollout_dtype != "fp32" and ".router." not in name:
@@ -453,13 +416,9 @@ def synchronise(engine: MoETransformer, model: MoETransformer, rollout_dtype: st
 
 
 # --------------------------------------------------------------------------------- 3. Losses
-
-
 def group_advantages(rewards: Tensor) -> Tensor:
     """GRPO: (Q, G) rewards -> (Q, G), (r - mean) / (unbiased std + 1e-6) over each prompt's group.
-
-    A group whose rewards are all equal, or of one response, teaches nothing: 0.
-    """
+    A group whose rewards are all equal, or of one response, teaches nothing: 0."""
     centred = rewards - rewards.mean(1, keepdim=True)
     spread = rewards.std(1, keepdim=True, correction=min(1, rewards.shape[1] - 1))
     equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
@@ -468,9 +427,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 def ppo_loss(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """Clipped surrogate with clip-higher (DAPO), elementwise: -min(r A, clip(r, 1-low, 1+high) A).
-
-    log_ratio = log pi_theta - log pi_old, of tokens or (GSPO) of sequences.
-    """
+    log_ratio = log r = log pi_theta - log pi_old, of tokens or (GSPO) of sequences."""
     ratio = log_ratio.exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
@@ -480,16 +437,13 @@ def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     return (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
 
 
-def predictor_loss(
-    inputs: Tensor, old_logits: Tensor, logits: Tensor, weight: Tensor, kind: str = "post"
-) -> Tensor:
+def predictor_loss(inputs, old_logits, logits, weight, kind: str = "post") -> Tensor:
     """Loss of the predictor W_p, summed over layers and tokens; the target gets no gradient.
 
     inputs (L, n, D) h_old; old_logits, logits (L, n, N) p_old and p; weight (L, N, D) W_p.
     "post"   KL( rho_theta || softmax(p_old + h_old W_p) ), post-routing matching
-    "delta"  KL( softmax(p - p_old) || softmax(h_old W_p) ), the paper's ablation
-    """
-    b = inputs @ weight.transpose(1, 2)
+    "delta"  KL( softmax(p - p_old) || softmax(h_old W_p) ), the paper's ablation"""
+    b = inputs @ weight.mT
     target, prediction = (logits, old_logits + b) if kind == "post" else (logits - old_logits, b)
     target, prediction = target.detach().log_softmax(-1), prediction.log_softmax(-1)
     return (target.exp() * (target - prediction)).sum()
@@ -497,19 +451,15 @@ def predictor_loss(
 
 def load_balancing_loss(experts: Tensor, logits: Tensor) -> Tensor:
     """Switch Transformer's auxiliary loss, mean over layers; 1 when the load is perfectly even.
-
-    N sum_j f_j P_j, f_j the share of slots that went to expert j and P_j its mean probability;
-    experts (L, ..., k) ids, logits (L, ..., N).
-    """
+    experts (L, ..., k) ids, logits (L, ..., N)."""
     N = logits.shape[-1]
+    # N sum_j f_j P_j: f_j is the share of slots that went to expert j, P_j its mean probability.
     share = F.one_hot(experts.long(), N).float().flatten(1, -2).mean(1)
     return N * (share * logits.softmax(-1).flatten(1, -2).mean(1)).sum(-1).mean()
 
 
 # --------------------------------------------------------- 4. One RL step and what it measures
-
 METHODS = ("grpo", "gspo", "r2", "r3", "pr2", "pr2-h", "pr2-cf")  # the last two are ours
-DTYPES = ("fp32", "bf16", "fp8")
 PHASES = ("rollout", "old_logprobs", "update")
 
 
@@ -539,7 +489,8 @@ class RLConfig:
     cached_positions: int = 0  # T_c, response positions that train the predictor; 0 = all
 
     def __post_init__(self):
-        choices = {"method": METHODS, "rollout_dtype": DTYPES, "predictor_loss": ("post", "delta")}
+        choices = {"method": METHODS, "rollout_dtype": ("fp32", "bf16", "fp8")}
+        choices |= {"predictor_loss": ("post", "delta")}
         for name, value in vars(self).items():
             known = name not in choices or value in choices[name]
             expect(known, f'{name} is "{value}"; expected one of {choices.get(name)}')
@@ -549,8 +500,7 @@ class RLConfig:
         expect(self.temperature > 0, "temperature is 0; RL samples, so expected more than 0")
         kappa, Q = self.mini_steps, self.prompts
         expect(kappa <= Q, f"mini_steps {kappa} is larger than the {Q} prompts of a rollout batch")
-        even = Q % kappa == 0
-        expect(even, f"{Q} prompts do not divide into {kappa} equal mini-steps, one would be empty")
+        expect(Q % kappa == 0, f"{Q} prompts do not divide into {kappa} equal mini-steps")
         if self.clip is None:
             self.clip = (3e-4, 4e-4) if self.method == "gspo" else (0.2, 0.28)
         self.predicts = self.method.startswith("pr2")
@@ -562,11 +512,9 @@ def make_optimizer(model: MoETransformer, config: RLConfig) -> torch.optim.AdamW
     routers, predictors = ([p for name, p in named if name.endswith(end)] for end in ends)
     rest = [p for name, p in named if not name.endswith(ends)]
     rate, betas = config.learning_rate, (config.predictor_beta1, config.betas[1])
-    groups = [
-        {"params": rest},
-        {"params": routers, "lr": rate * config.router_multiplier},
-        {"params": predictors, "lr": rate * config.alpha, "betas": betas},
-    ]
+    routers = {"params": routers, "lr": rate * config.router_multiplier}
+    predictors = {"params": predictors, "lr": rate * config.alpha, "betas": betas}
+    groups = [{"params": rest}, routers, predictors]
     return torch.optim.AdamW(groups, rate, config.betas, weight_decay=0.0, fused=True)
 
 
@@ -591,17 +539,8 @@ def at_response(values: Tensor, mask: Tensor) -> Tensor:
     return values[..., -mask.shape[1] :, :].flatten(-3, -2)[..., mask.flatten(), :]
 
 
-def predictor_weights(model: MoETransformer) -> Tensor:
-    """W_p of all layers, (L, N, D)."""
-    return torch.stack([block.moe.router.predictor.weight for block in model.blocks])
-
-
 def response_logprobs(model, tokens, attend, mask, temperature, **forward) -> tuple[Tensor, Trace]:
-    """log pi (b, c) of the response tokens, 0 elsewhere, and the Trace of all positions.
-
-    Only positions that predict a response token reach the output head, 8192 at a time and not kept
-    for the backward pass, so that (b, T, vocab_size) logits never exist.
-    """
+    """log pi (b, c) of the response tokens, 0 elsewhere, and the Trace of all positions."""
 
     def head(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = model.lm_head(hidden).float() / temperature
@@ -609,10 +548,11 @@ def response_logprobs(model, tokens, attend, mask, temperature, **forward) -> tu
 
     hidden, trace = model(tokens[:, :-1], attend=attend, head=False, **forward)
     hidden, targets = at_response(hidden, mask), tokens[:, -mask.shape[1] :][mask]
+    # 8192 tokens at a time, not kept for backward: (b, T, vocab_size) logits never exist.
     chunks = zip(hidden.split(8192), targets.split(8192), strict=True)
     logprobs = [checkpoint(head, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
-    padded = torch.zeros(mask.shape, device=mask.device)
-    return padded.masked_scatter(mask, torch.cat(logprobs)), trace
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    return zeros.masked_scatter(mask, torch.cat(logprobs)), trace
 
 
 @torch.no_grad()
@@ -624,19 +564,18 @@ def old_pass(model, config, rollout, advantages, horizon, rows, generator) -> tu
     tokens, attend = rollout.tokens[rows, : T + 1], rollout.attend[rows, :T]
     recorded = rollout.experts[:, rows, :T]
     replay = recorded if config.predicts or config.method == "r3" else None
-    forward = {"replay": replay, "keep_inputs": True}
-    old, trace = response_logprobs(model, tokens, attend, mask, config.temperature, **forward)
+    forward = (tokens, attend, mask, config.temperature)
+    old, trace = response_logprobs(model, *forward, replay=replay, keep_inputs=True)
     replay = trace.experts if config.method == "r2" else replay
-
     # T_c: a uniform sub-sample of each response's tokens trains the predictor.
     draw = torch.rand(mask.shape, device=mask.device, generator=generator).masked_fill(~mask, 2.0)
     last = min(config.cached_positions or c, c) - 1
     cached = mask & (draw <= draw.sort(1).values[:, last, None])
     inputs, p_old = at_response(trace.inputs, cached).float(), at_response(trace.logits, cached)
-
-    route, logits, h = (at_response(t, mask) for t in (recorded, trace.logits, trace.inputs))
-    b = horizon[rows].expand(mask.shape)[mask][:, None] * (h.float() @ predictor_weights(model).mT)
-    own, stale = ((logits + bias).topk(route.shape[-1]).indices.to(route.dtype) for bias in (b, 0))
+    route, p, h = (at_response(t, mask) for t in (recorded, trace.logits, trace.inputs))
+    W_p = torch.stack([block.moe.router.predictor.weight for block in model.blocks])
+    b = horizon[rows].expand(mask.shape)[mask][:, None] * (h.float() @ W_p.mT)
+    own, stale = ((p + bias).topk(route.shape[-1]).indices.to(route.dtype) for bias in (b, 0))
     sums = {
         "entropy": -old.sum(),  # of the sampled tokens, an unbiased estimate
         "mismatch_logprob": (rollout.logprobs[rows, :c] - old).abs().sum(),
@@ -651,60 +590,65 @@ def old_pass(model, config, rollout, advantages, horizon, rows, generator) -> tu
 @torch.no_grad()
 def drift(batch: Slice, logits: Tensor) -> dict[str, Tensor]:
     """How far the routers, now at logits (L, n, N), have moved from the routes of the batch.
-
     Sums over tokens of means over layers, per slot (agreement) or per set of one token in one
-    layer (the others); `stale` is the counterfactual on the same tokens.
-    """
+    layer (the others); `stale` is the counterfactual on the same tokens."""
     rho, k = logits.softmax(-1), batch.reference.shape[-1]
     current = rho.topk(k).indices.to(batch.reference.dtype)
     same, stale = shared(batch.reference, current), shared(batch.stale, current)
-    values = {"agreement": same / k, "stale_agreement": stale / k}
-    values |= {"no_deviation": same == k, "stale_no_deviation": stale == k}
-    values |= {"deviations_1": same == k - 1, "deviations_2": same == k - 2}
-    values |= {"deviations_3_or_more": same < k - 2}
+    values = {"agreement": same / k, "stale_agreement": stale / k, "no_deviation": same == k}
+    values |= {"stale_no_deviation": stale == k, "deviations_1": same == k - 1}
+    values |= {"deviations_2": same == k - 2, "deviations_3_or_more": same < k - 2}
     values |= {"coverage_gap": 1 - rho.gather(-1, batch.reference.long()).sum(-1)}
     return {name: value.float().mean(0).sum() for name, value in values.items()}
 
 
-def add_moments(moments: dict, model: MoETransformer, x: Tensor, drift: Tensor) -> None:
-    """Ours, pr2-cf: adds up what `fit_velocity` needs, x = m h_old (L, n, D), drift (L, n, N)."""
-    drift = drift - drift.mean(-1, keepdim=True)  # a shift of all logits routes nobody elsewhere
-    prediction = x @ torch.stack([block.moe.router.velocity for block in model.blocks]).mT
-    sums = {"xx": x.mT @ x, "xy": x.mT @ drift}
-    sums |= {"dp": (drift * prediction).sum((1, 2)), "pp": prediction.square().sum((1, 2))}
-    for name, value in sums.items():
-        moments[name] = moments.get(name, 0) + value
+def horizon_after(updates: float | Tensor, config: RLConfig) -> float | Tensor:
+    """The horizon m of a prompt that is trained after so many updates of the rollout's weights.
+    pr2: 1. Ours: so many updates (pr2-h); so many steps of decaying momentum, the sum of beta1^j
+    over j = 1..updates (pr2-cf)."""
+    beta1 = config.betas[0]
+    if config.method == "pr2-cf":
+        return beta1 * (1 - beta1**updates) / (1 - beta1)
+    return updates if config.method == "pr2-h" else 0 * updates + 1
 
 
 @torch.no_grad()
-def fit_velocity(model: MoETransformer, moments: dict, decay: float = 0.85) -> None:
-    """Ours, pr2-cf: V = argmin |m h V - drift|^2 + ridge |V|^2 over a rollout batch; W_p = gain V.
+def aim(model: MoETransformer, optimizer: torch.optim.AdamW, decay: float = 0.85) -> Tensor:
+    """Ours, pr2-cf: V (L, N, D), the step that Adam's momentum alone would take; sets W_p = gain V.
+    If gradients average out, the j-th update from now moves W by beta1^j V, V = -eta m / sqrt(v).
+    The gain is <drift, prediction> / <prediction, prediction> of the unscaled V, kept in [0, 1]:
+    where drift does not follow momentum it goes to 0, and the method to r3."""
+    group, steps = optimizer.param_groups[1], []
+    for router in (block.moe.router for block in model.blocks):
+        V, state = torch.zeros_like(router.weight), optimizer.state.get(router.weight)
+        if state:
+            correction1, correction2 = (1 - beta ** state["step"] for beta in group["betas"])
+            root = (state["exp_avg_sq"] / correction2).sqrt() + group["eps"]
+            V = -group["lr"] * state["exp_avg"] / correction1 / root
+        steps.append(V)
+        router.predictor.weight.copy_(
+            V * (router.gain[0] / router.gain[1].clamp(1e-12)).clamp(0, 1)
+        )
+        router.gain.mul_(decay)
+    return torch.stack(steps)
 
-    The gain <drift, prediction> / <prediction, prediction>, kept in [0, 1], is measured on drift
-    that V was not fitted on: where drift cannot be predicted it goes to 0, and the method to r3.
-    """
-    D = moments["xx"].shape[-1]
-    ridge = 1e-3 * moments["xx"].diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
-    eye = torch.eye(D, device=ridge.device)
-    V = torch.linalg.solve(moments["xx"] + (ridge + 1e-12) * eye, moments["xy"]).mT
-    for layer, block in enumerate(model.blocks):
-        router = block.moe.router
-        new = torch.stack([moments["dp"][layer], moments["pp"][layer]])
-        router.gain.mul_(decay).add_(new)
-        router.velocity.copy_(V[layer])
-        gain = (router.gain[0] / router.gain[1].clamp(min=1e-12)).clamp(0, 1)
-        router.predictor.weight.copy_(gain * V[layer])
+
+@torch.no_grad()
+def measure_gain(model: MoETransformer, b: Tensor, drift: Tensor) -> None:
+    """Ours, pr2-cf: adds a prediction b and the drift that came, (L, n, N), to the running sums."""
+    drift, b = (t - t.mean(-1, keepdim=True) for t in (drift, b))  # a common shift routes nobody
+    for block, came, guess in zip(model.blocks, drift, b, strict=True):
+        new = torch.stack([(came * guess).sum(), guess.square().sum()])
+        block.moe.router.gain.add_(new if new.isfinite().all() else 0)
 
 
-def mini_step(model, optimizer, config, batches, i: int, moments: dict) -> dict[str, float]:
+def mini_step(model, optimizer, config, batches, i: int, V=None) -> dict[str, float]:
     """Mini-step i: one update of the policy and, from i = 2 on, of the predictor. Returns metrics.
-
     The batches are micro-batches: their gradients add up to that of one large batch. An update
-    whose loss or gradient is not finite is skipped.
-    """
+    whose loss or gradient is not finite is skipped."""
     tokens, cached = sum(b.mask.sum() for b in batches), sum(b.cached.sum() for b in batches)
     responses, (low, high) = sum(len(b.mask) for b in batches), config.clip
-    sums, largest, kind = defaultdict(float), 0.0, config.predictor_loss
+    sums, largest = defaultdict(float), torch.zeros((), device=tokens.device)
     optimizer.zero_grad()
     for batch in batches:
         forward = (*batch[:3], config.temperature)
@@ -717,29 +661,28 @@ def mini_step(model, optimizer, config, batches, i: int, moments: dict) -> dict[
         loss = (ppo_loss(surrogate, batch.advantages, low, high) * weight).sum()
         sums["loss"] += loss.detach()
         if config.predicts and i > 1:  # At i = 1 nothing has drifted yet.
-            now, W_p = at_response(trace.logits, batch.cached), predictor_weights(model)
-            inputs = batch.inputs * (i - 1 if "-" in config.method else 1)
-            surprise = predictor_loss(inputs, batch.old_logits, now, W_p, kind) / cached
+            inputs = batch.inputs * horizon_after(i - 1, config)
+            p_old, p = batch.old_logits, at_response(trace.logits, batch.cached)
+            W_p = torch.stack([block.moe.router.predictor.weight for block in model.blocks])
+            surprise = predictor_loss(inputs, p_old, p, W_p, config.predictor_loss) / cached
             sums["predictor_loss"] += surprise.detach()
             if config.method == "pr2-cf":
-                add_moments(moments, model, inputs, now.detach() - batch.old_logits)
+                measure_gain(model, inputs @ V.mT, p - p_old)
             else:
                 loss = loss + surprise
         loss.backward()
-
         log_ratio, ratio, up = log_ratio.detach(), surrogate.detach().exp(), batch.advantages > 0
         sums["clipfrac_low"] += (((ratio < 1 - low) & ~up) * weight).sum()
         sums["clipfrac_high"] += (((ratio > 1 + high) & up) * weight).sum()
         sums["approx_kl"] += (log_ratio.exp() - 1 - log_ratio).sum() / tokens
         sums["log_ratio_mean"] += log_ratio.abs().sum() / tokens
-        largest = max(largest, float(log_ratio.abs().max()))
+        largest = torch.maximum(largest, log_ratio.abs().max())
         for name, value in drift(batch, at_response(trace.logits.detach(), batch.mask)).items():
             sums[name] += value / tokens
-
     rest, routers, predictors = (group["params"] for group in optimizer.param_groups)
     norm = nn.utils.clip_grad_norm_(rest + routers, config.max_grad_norm)
     norm_p = nn.utils.clip_grad_norm_(predictors, config.max_grad_norm)  # clipped by itself
-    finite = math.isfinite(float(loss.detach() + norm + norm_p))
+    finite = math.isfinite(float(sums["loss"] + sums.get("predictor_loss", 0.0) + norm + norm_p))
     if finite:
         optimizer.step()
     optimizer.zero_grad()
@@ -755,19 +698,15 @@ def collect(
     reward: Callable[[Rollout], Tensor],
     generator: torch.Generator | None = None,
 ) -> tuple[list[list[Slice]], dict[str, float]]:
-    """Samples and scores a rollout batch; the micro-batches of each mini-step, and metrics.
-
-    prompts (Q, P) left-padded ids; reward maps the Rollout to (Q * samples,) floats; `engine` comes
-    from `rollout_engine`.
-    """
+    """Samples and scores a rollout batch: a list of micro-batches per mini-step, and metrics.
+    prompts (Q, P) int64, left-padded; `reward` maps the Rollout to (Q * samples,) floats; `engine`
+    comes from `rollout_engine`. Raises ValueError if the mini-steps cannot be of equal size."""
     Q, G, kappa, clock = len(prompts), config.samples, config.mini_steps, [time.perf_counter()]
     expect(Q % kappa == 0, f"{Q} prompts do not divide into {kappa} equal mini-steps")
     synchronise(engine, model, config.rollout_dtype)
-    # pr2 predicts one update ahead; ours, in the mean over epochs, as many updates as will have
-    # been made when the prompt's mini-step comes.
-    ahead = torch.arange(kappa, device=prompts.device) + kappa * (config.epochs - 1) / 2
-    m = ahead if "-" in config.method else torch.full_like(ahead, float(config.predicts))
-    m = m.repeat_interleave(Q // kappa)
+    # The updates, in the mean over epochs, that a prompt's mini-step will find made.
+    updates = torch.arange(kappa, device=prompts.device) + kappa * (config.epochs - 1) / 2
+    m = (config.predicts * horizon_after(updates, config)).repeat_interleave(Q // kappa)
     sampling = {"samples": G, "temperature": config.temperature, "generator": generator}
     sampling |= {"eos": config.eos, "pad": config.pad, "horizon": m if config.predicts else None}
     rollout = generate(engine, prompts, config.max_new_tokens, **sampling)
@@ -777,11 +716,10 @@ def collect(
     m = m.repeat_interleave(G)[:, None]
     # Old log-probs on the very slices of the updates: pi_theta / pi_old starts at exactly 1.
     mini_steps, sums = [], defaultdict(float)
-    for rows in torch.arange(Q * G).chunk(kappa):
+    for mini_batch in torch.arange(Q * G).chunk(kappa):
         mini_steps.append([])
-        for part in rows.split(config.micro_batch or len(rows)):
-            part = slice(int(part[0]), int(part[-1]) + 1)
-            batch, passed = old_pass(model, config, rollout, advantages, m, part, generator)
+        for rows in mini_batch.split(config.micro_batch or len(mini_batch)):
+            batch, passed = old_pass(model, config, rollout, advantages, m, rows, generator)
             mini_steps[-1].append(batch)
             for name, value in passed.items():
                 sums[name] += float(value)
@@ -793,18 +731,22 @@ def collect(
     return mini_steps, metrics
 
 
-def rl_step(model, engine, optimizer, config, prompts, reward, generator=None) -> dict[str, float]:
+def rl_step(
+    model: MoETransformer,
+    engine: MoETransformer,
+    optimizer: torch.optim.AdamW,
+    config: RLConfig,
+    prompts: Tensor,
+    reward: Callable[[Rollout], Tensor],
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
     """One rollout batch: `collect` it, then train on it in kappa mini-steps. Returns metrics.
-
     Metric "name/i" belongs to mini-step i; plain "name" is the mean over mini-steps, but the
-    largest for log_ratio_max and the sum for skipped.
-    """
+    largest for log_ratio_max and the sum for skipped."""
+    V = aim(model, optimizer) if config.method == "pr2-cf" else None
     mini_steps, metrics = collect(model, engine, config, prompts, reward, generator)
-    start, moments = time.perf_counter(), {}
-    order = enumerate(mini_steps * config.epochs, 1)
-    updates = {i: mini_step(model, optimizer, config, b, i, moments) for i, b in order}
-    if moments and all(value.isfinite().all() for value in moments.values()):
-        fit_velocity(model, moments)
+    start, order = time.perf_counter(), enumerate(mini_steps * config.epochs, 1)
+    updates = {i: mini_step(model, optimizer, config, b, i, V) for i, b in order}
     for name in updates[len(updates)]:
         values = {i: update[name] for i, update in updates.items() if name in update}
         combine = {"log_ratio_max": max, "skipped": sum}.get(name, statistics.fmean)
@@ -814,22 +756,16 @@ def rl_step(model, engine, optimizer, config, prompts, reward, generator=None) -
 
 
 # ------------------------------------------------------------------------------ 5. Toy task
-
-
 class AdditionTask:
     """Chain-of-thought addition: the prompt "7+5+9=" is answered by its running sums, "12,21.".
-
-    A checksum of the text sets an eighth of the prompts aside; they are never trained on.
-    """
+    A checksum of the text sets an eighth of the prompts aside; they are never trained on."""
 
     characters = "_.,+=0123456789"  # one character, one token; "_" pads and "." ends
     pad, eos = 0, 1
 
     def __init__(self, operands: int = 3, largest: int = 9):
         enough = operands > 1 and largest > 0 and (largest + 1) ** operands >= 100
-        expect(
-            enough, f"{operands} numbers up to {largest} make too few sums; expected 100 or more"
-        )
+        expect(enough, f"{operands} numbers up to {largest} make too few sums; expected over 99")
         self.operands, self.largest = operands, largest
         self.prompt_length = operands * (len(str(largest)) + 1)
         self.response_length = (operands - 1) * (len(str(operands * (largest + 1))) + 1)

@@ -288,7 +288,8 @@ def train(flags: dict, folder: Path, resume: bool = False, shared_bar: tqdm | No
         model, origin = base_model(model_config, task, seed, device, Path(flags["base_dir"]))
         if not shared_bar:
             print(f"base model       {origin}")
-        (folder / "config.json").write_text(json.dumps(flags, indent=2) + "\n")
+        text = json.dumps(flags, indent=2) + "\n"
+        write_atomically(folder / "config.json", lambda partial: partial.write_text(text))
     optimizer = pr2_mini.make_optimizer(model, config)
     rates = [group["lr"] for group in optimizer.param_groups]
     engine = pr2_mini.rollout_engine(model, config.rollout_dtype)
@@ -298,12 +299,19 @@ def train(flags: dict, folder: Path, resume: bool = False, shared_bar: tqdm | No
     step = skipped_in_a_row = 0
     history: list[dict] = []
     if resume:
-        step, skipped_in_a_row = state["step"], state["skipped_in_a_row"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        prompts_from.set_state(state["prompts_from"].cpu())
-        samples_from.set_state(state["samples_from"].cpu())
+        try:
+            step, skipped_in_a_row = state["step"], state["skipped_in_a_row"]
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            prompts_from.set_state(state["prompts_from"].cpu())
+            samples_from.set_state(state["samples_from"].cpu())
+        except (KeyError, RuntimeError, ValueError):
+            raise ValueError(f"the checkpoint in {folder} is of another pr2_mini.py") from None
         lines = metrics_path.read_text().splitlines(keepends=True)[:step]
+        expect(
+            len(lines) == step,
+            f"{metrics_path} lacks lines; expected the {step} up to the checkpoint",
+        )
         history = [json.loads(line) for line in lines]
         write_atomically(metrics_path, lambda partial: partial.write_text("".join(lines)))
 
@@ -362,7 +370,7 @@ def train(flags: dict, folder: Path, resume: bool = False, shared_bar: tqdm | No
             bar.update()
     if not shared_bar:
         bar.close()
-    command = f"python train_toy.py --resume {folder}"
+    command = f"python train_toy.py --resume {folder}" if not shared_bar else "the same command"
     if skipped_in_a_row >= 10:
         print(
             f"stopped: the loss or gradient of {skipped_in_a_row} updates in a row was not finite; "
@@ -370,7 +378,8 @@ def train(flags: dict, folder: Path, resume: bool = False, shared_bar: tqdm | No
             file=sys.stderr,
         )
         return 1
-    save()
+    if skipped_in_a_row == 0:
+        save()
     if stop:
         print(f"stopped after step {step}; continue with: {command}")
         return 128 + stop[0]
@@ -381,10 +390,11 @@ def train(flags: dict, folder: Path, resume: bool = False, shared_bar: tqdm | No
     print(f"wrote            {metrics_path}")
     if plot := pyplot():
         prompts = task.encode(task.problems(config.prompts, prompts_from), task.prompt_length, True)
+        V = pr2_mini.aim(model, optimizer) if config.method == "pr2-cf" else None
         collected = (model, engine, config, prompts.to(device), reward, samples_from)
         mini_steps, _ = pr2_mini.collect(*collected)
         for i, batches in enumerate(mini_steps[:-1], 1):  # what the last mini-step will find
-            pr2_mini.mini_step(model, optimizer, config, batches, i, {})
+            pr2_mini.mini_step(model, optimizer, config, batches, i, V)
         draw_run(plot, history, *watch(model, config, mini_steps[-1][0], task), folder)
     return 0
 
