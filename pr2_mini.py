@@ -355,6 +355,8 @@ def generate(
     (Q, P), C, device = prompts.shape, max_new_tokens, prompts.device
     expect(C > 0 and samples > 0, f"max_new_tokens {C} and samples {samples} must be positive")
     expect(temperature >= 0, f"temperature is {temperature}; expected at least 0")
+    fits = model.config.max_position_embeddings >= P + C - 1
+    expect(fits, f"{P + C - 1} positions exceed max_position_embeddings; shorten the prompts")
     real = (prompts != pad).cumsum(-1) > 0  # Only leading pads are padding.
     cache = Cache(model.config, Q, P + C - 1, model.embed.weight)
     hidden, trace = model(prompts, attend=real, cache=cache, horizon=horizon, head=False)

@@ -38,7 +38,7 @@ DEFAULTS = RLConfig()
 FLAGS = {  # name: (default, help)
     "method": (DEFAULTS.method, "one of " + ", ".join(pr2_mini.METHODS)),
     "seed": (0, "of the base model and of everything after it"),
-    "steps": (250, "rollout batches"),
+    "steps": (250, "rollout batches; with --compare 60 unless given"),
     "prompts": (DEFAULTS.prompts, "prompts per rollout batch"),
     "samples": (DEFAULTS.samples, "responses per prompt"),
     "mini_steps": (DEFAULTS.mini_steps, "kappa, updates per rollout batch"),
@@ -261,17 +261,20 @@ def base_model(
 # -------------------------------------------------------------------------------- RL training
 
 
-def answers(model: MoETransformer, task: AdditionTask, problems: list[str]) -> list[str]:
-    """Problems with the model's greedy answers, "7+5+9=12,21."."""
-    prompts = task.encode(problems, task.prompt_length, left=True).to(model.embed.weight.device)
-    rollout = generate(
-        model, prompts, task.response_length, eos=task.eos, pad=task.pad, temperature=0.0
-    )
-    return task.decode(rollout.tokens)
+def answers(
+    model: MoETransformer, task: AdditionTask, problems: list[str], temperature: float = 0.0
+) -> list[str]:
+    """Problems with the model's answers, "7+5+9=12,21."; the same samples in every call."""
+    device = model.embed.weight.device
+    prompts = task.encode(problems, task.prompt_length, left=True).to(device)
+    options = {"eos": task.eos, "pad": task.pad, "temperature": temperature}
+    options["generator"] = torch.Generator(device).manual_seed(0)
+    return task.decode(generate(model, prompts, task.response_length, **options).tokens)
 
 
 def show(title: str, model: MoETransformer, task: AdditionTask, problems: list[str]) -> None:
-    for text in answers(model, task, problems):
+    """Prints sampled answers: greedy ones are mostly right before RL too."""
+    for text in answers(model, task, problems, temperature=1.0):
         print(f"{title:<16} {text}  {'right' if task.rewards([text]).item() else 'wrong'}")
 
 
@@ -539,7 +542,8 @@ def compare(given: dict, variants: list[str]) -> int:
             log = folder / "metrics.jsonl"
             done = log.exists() and len(log.read_text().splitlines()) == flags["steps"]
             if not done:
-                shutil.rmtree(folder, ignore_errors=True)  # a run that was killed
+                if (folder / "config.json").exists():
+                    shutil.rmtree(folder)  # a run that was killed
                 if code := train(flags, folder, shared_bar=bar):
                     return code
             else:
@@ -557,7 +561,9 @@ def compare(given: dict, variants: list[str]) -> int:
             values = [run[name] for run in columns[variant]]
             table[variant][name] = interval(values, base if paired else None)
     result = {"flags": given, "seeds": seeds, "table": table, "runs": columns}
-    (out / "compare.json").write_text(json.dumps(result, indent=1) + "\n")
+    valid = json.loads(json.dumps(result), parse_constant=lambda _: None)  # no NaN in JSON
+    text = json.dumps(valid, indent=1) + "\n"
+    write_atomically(out / "compare.json", lambda partial: partial.write_text(text))
     print_table(table, seeds, variants[0])
     draw_comparison(histories, out)
     return 0
