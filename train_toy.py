@@ -597,7 +597,7 @@ def print_table(table: dict, seeds: int, base: str) -> None:
             )
             scale = 100 if name in kind else 1
             pairs = [(scale * columns[n][0], scale * columns[n][1]) for n in names]
-            cells.append(", ".join(f"{mean:.4g} ± {width:.2g}" for mean, width in pairs))
+            cells.append(", ".join(f"{mean:.3g} ± {width:.1g}" for mean, width in pairs))
         print(f"| {variant} | " + " | ".join(cells) + " |")
 
 
@@ -612,6 +612,7 @@ def pyplot():
     import matplotlib.colors
     import matplotlib.patches
     import matplotlib.pyplot
+    import matplotlib.ticker
 
     matplotlib.pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False})
     matplotlib.pyplot.rcParams.update({"axes.spines.right": False, "svg.hashsalt": "pr2"})
@@ -714,8 +715,10 @@ def draw_comparison(histories: dict[str, list[list[dict]]], out: Path) -> None:
     reward.set(title="Reward (mean of 5 batches)", xlabel="rollout batch")
     agreement.set(title="Sets without deviation, % (dotted: stale replay)", xlabel="mini-step i")
     agreement.xaxis.get_major_locator().set_params(integer=True)
-    bars.set(title="Sets with deviating experts at the last mini-step, %", xticks=range(3))
+    bars.set(title="Sets with deviating experts, last mini-step, %", xticks=range(3))
     bars.set_xticklabels(["1", "2", "3 or more"])
+    largest.yaxis.set_major_formatter(plot.matplotlib.ticker.FormatStrFormatter("%g"))
+    largest.yaxis.set_minor_formatter(plot.matplotlib.ticker.NullFormatter())
     largest.set(title="Largest PPO ratio of a batch", xlabel="rollout batch")
     figure.legend(
         *reward.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False
