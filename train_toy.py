@@ -21,8 +21,11 @@ import signal
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so when imported
 
 import torch
 import torch.nn.functional as F
@@ -235,7 +238,7 @@ def warm_up(model: MoETransformer, task: AdditionTask, seed: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 def base_model(
