@@ -33,14 +33,18 @@ Paper: Dong et al., arXiv:2606.00395. What is ours and not the paper's is marked
 """
 
 import copy
+import json
 import math
 import re
+import shutil
 import statistics
+import tempfile
 import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -60,7 +64,8 @@ def expect(holds: bool, message: str) -> None:
 class ModelConfig:
     """Shape of the transformer; field names are Hugging Face's config.json keys.
     qk_norm: "head" normalises every query and key head by itself (Qwen3-MoE), "full" all heads
-    together (OLMoE), "none" neither (Mixtral). Raises ValueError for what cannot be built."""
+    together (OLMoE), "none" neither (Mixtral). dense_layers: numbers of the layers that have, in
+    place of experts, one MLP of intermediate_size. Raises ValueError for what cannot be built."""
 
     vocab_size: int
     hidden_size: int = 64
@@ -77,18 +82,25 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     qk_norm: str = "head"
     max_position_embeddings: int = 2048
+    intermediate_size: int = 0
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
+        self.dense_layers = tuple(sorted(set(self.dense_layers)))  # also of a list, as in JSON
         N, k, norm = self.num_experts, self.num_experts_per_tok, self.qk_norm
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         for name, value in vars(self).items():
-            expect(type(value) is not int or value > 0, f"{name} is {value}; expected at least 1")
+            low = 0 if name == "intermediate_size" and not self.dense_layers else 1
+            enough = type(value) is not int or value >= low
+            expect(enough, f"{name} is {value}; expected at least {low}")
         expect(k <= N, f"num_experts_per_tok is {k}, but num_experts is {N}; expected at most {N}")
         even = heads % groups == 0
         expect(even, f"num_attention_heads {heads} not divisible by num_key_value_heads {groups}")
         expect(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary needs an even number")
         known = norm in ("head", "full", "none")
         expect(known, f'qk_norm is "{norm}"; expected "head", "full" or "none"')
+        some = set(self.dense_layers) < set(range(self.num_hidden_layers))
+        expect(some, f"dense_layers is {self.dense_layers}; expected some, not all, of the layers")
 
 
 class Trace(NamedTuple):
@@ -175,6 +187,21 @@ class MoE(nn.Module):
         return output, experts.to(self.id_dtype), p
 
 
+class MLP(nn.Module):
+    """One SwiGLU, in place of a router and experts."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, width = config.hidden_size, config.intermediate_size
+        self.gate_up = nn.Parameter(torch.empty(2 * width, D))
+        self.down = nn.Parameter(torch.empty(D, width))
+
+    def forward(self, h, replay, horizon):
+        """(..., D) -> output (..., D), and None for the expert ids and router logits of `MoE`."""
+        gate, up = F.linear(h, self.gate_up).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, self.down), None, None
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and query-key norm."""
 
@@ -215,7 +242,8 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, layer)
         self.moe_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.moe = MoE(config)
+        self.dense = layer in config.dense_layers
+        self.moe = MLP(config) if self.dense else MoE(config)
 
     def forward(self, x, rotary, mask, cache, replay, horizon):
         x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
@@ -234,6 +262,7 @@ class MoETransformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.source: Path | None = None  # the folder that from_pretrained read
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, l) for l in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -243,6 +272,11 @@ class MoETransformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 and not name.endswith("predictor.weight"):
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+
+    @property
+    def routers(self) -> list[Router]:
+        """The routers of the L MoE layers."""
+        return [block.moe.router for block in self.blocks if not block.dense]
 
     def forward(
         self,
@@ -264,7 +298,7 @@ class MoETransformer(nn.Module):
                  softmax(p + m h W_p). The paper's rollout has m = 1.
         head     False returns the final hidden states (B, T, D) instead of logits.
         Raises ValueError if the positions or the replay do not fit the model."""
-        (B, T), L = tokens.shape, len(self.blocks)
+        (B, T), L = tokens.shape, len(self.routers)
         length = T + (cache.used if cache is not None else 0)
         fits = length <= self.config.max_position_embeddings
         expect(fits, f"{length} positions exceed max_position_embeddings; shorten the prompts")
@@ -274,9 +308,11 @@ class MoETransformer(nn.Module):
             horizon = horizon.expand(B)[:, None, None]
         rotary, mask = self.positions(T, attend, cache)
         x, seen = self.embed(tokens), []
-        for block, route in zip(self.blocks, [None] * L if replay is None else replay, strict=True):
+        for block in self.blocks:
+            route = None if replay is None or block.dense else replay[len(seen)]
             x, *routing = block(x, rotary, mask, cache, route, horizon)
-            seen.append(routing if keep_inputs else routing[:2])
+            if not block.dense:
+                seen.append(routing if keep_inputs else routing[:2])
         if cache is not None:
             cache.used = length
         trace = Trace(*(torch.stack(layers) for layers in zip(*seen, strict=True)))
@@ -296,7 +332,7 @@ class MoETransformer(nn.Module):
         columns = torch.arange(start + T, device=device)
         at = columns[None] if attend is None else attend.cumsum(-1).sub(1).clamp(min=0)
         pair = torch.arange(0, self.config.head_dim, 2, device=device) / self.config.head_dim
-        angle = (at[:, start:, None] * self.config.rope_theta**-pair).unsqueeze(2)
+        angle = (at[:, start:, None] * (1 / self.config.rope_theta**pair)).unsqueeze(2)
         cosine, sine = angle.cos(), angle.sin()  # (x_j, y_j) -> (x cos - y sin, y cos + x sin)
         rotary = cosine.repeat(1, 1, 1, 2).to(dtype), torch.cat([-sine, sine], -1).to(dtype)
         if attend is None and (start == 0 or T == 1):
@@ -305,6 +341,25 @@ class MoETransformer(nn.Module):
         if attend is not None:  # A padding position sees itself, lest its softmax be empty.
             visible = visible & (attend[:, None, None] | (columns == columns[start:, None]))
         return rotary, torch.where(visible, 0.0, -math.inf).to(dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "MoETransformer":
+        """Loads a Hugging Face folder of type qwen3_moe, olmoe or mixtral, and W_p if it is there.
+        Routers are float32 whatever the dtype. Raises ValueError for a damaged folder and for a
+        config that asks for something this file does not implement."""
+        return load_checkpoint(Path(path).resolve(), dtype, device)
+
+    def save_pretrained(self, path: str | Path, fold_predictor: bool | float = False) -> None:
+        """Writes a new folder that transformers, and engines that read its format, load.
+        fold_predictor = m (True is 1) writes W + m W_p, in float32, as the router: unmodified
+        engines then route and weight as `horizon=m` does here. False keeps W_p in predictor/.
+        Raises ValueError if the folder exists or no family of checkpoints fits the config."""
+        save_checkpoint(self, Path(path).resolve(), fold_predictor)
 
     def check_replay(self, replay: Tensor, expected: tuple[int, ...]) -> None:
         """Refuses routes that no forward of this model on these tokens could have returned."""
@@ -322,6 +377,175 @@ class MoETransformer(nn.Module):
 def shared(route: Tensor, other: Tensor) -> Tensor:
     """(..., k), (..., k) -> (...), how many experts two routes have in common."""
     return (route.unsqueeze(-1) == other.unsqueeze(-2)).sum((-1, -2))
+
+
+# ---------------------------------------------------------------------- 2. Real checkpoints
+# model_type: class in transformers; query-key norm; where a layer has router and experts; gate, up
+# and down matrix of an expert; rms_norm_eps and rope_theta where config.json says nothing.
+FAMILIES = {
+    "qwen3_moe": ("Qwen3Moe", "head", "mlp", ("gate_proj", "up_proj", "down_proj"), 1e-6, 1e4),
+    "olmoe": ("Olmoe", "full", "mlp", ("gate_proj", "up_proj", "down_proj"), 1e-5, 1e4),
+    "mixtral": ("Mixtral", "none", "block_sparse_moe", ("w1", "w3", "w2"), 1e-5, 1e6),
+}
+# Any other value of these keys of config.json asks for something that is not implemented.
+ONLY = {"attention_bias": False, "clip_qkv": None, "hidden_act": "silu", "sliding_window": 0}
+ONLY |= {"type": "default", "rope_type": "default", "partial_rotary_factor": 1.0}
+ONLY |= {"n_shared_experts": 0, "shared_expert_intermediate_size": 0, "quantization_config": None}
+# Our names of modules, and Hugging Face's.
+NAMES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm"}
+NAMES |= {"attention_norm": "input_layernorm", "moe_norm": "post_attention_layernorm"}
+NAMES |= {"attention": "self_attn", "out": "o_proj", "router": "gate"}
+COPIED = "tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|generation_config"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 1000**3  # of weights, then the next file begins
+
+
+def import_safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("checkpoints need safetensors: pip install safetensors numpy") from None
+    return safetensors.torch
+
+
+def read(path: Path) -> dict:
+    """JSON, or tensors by name; whatever is wrong with the file becomes one sentence."""
+    load = import_safetensors().load_file if path.suffix == ".safetensors" else Path.read_text
+    try:
+        content = load(path)
+        return content if isinstance(content, dict) else dict(json.loads(content))
+    except Exception as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from None
+
+
+def config_from(given: dict) -> ModelConfig:
+    """What a config.json describes; refuses by name what is not implemented here."""
+    given = given | (given.get("rope_scaling") or given.get("rope_parameters") or {})
+    given = {key: value for key, value in given.items() if value is not None}
+    kind, heads = given.get("model_type"), given.get("num_attention_heads", 0)
+    expect(kind in FAMILIES, f'model_type is "{kind}"; expected one of {", ".join(FAMILIES)}')
+    name, qk_norm, *_, eps, theta = FAMILIES[kind]
+    size, width = given.get("hidden_size", 0) // max(heads, 1), given.get("intermediate_size", 0)
+    values = {"rms_norm_eps": eps, "rope_theta": theta, "num_key_value_heads": heads}
+    values |= {"head_dim": size, "norm_topk_prob": False, "tie_word_embeddings": False}
+    values |= {"num_experts": given.get("num_local_experts", 0), "moe_intermediate_size": width}
+    values |= {"use_sliding_window": True, "mlp_only_layers": (), "decoder_sparse_step": 1}
+    values = defaultdict(int, values | given)  # what is missing is 0, which ModelConfig refuses
+    values["sliding_window"] *= values["use_sliding_window"]
+    for key, value in (ONLY | {"architectures": [name + "ForCausalLM"]}).items():
+        asked = values.get(key, value)
+        expect(asked == value, f"config.json has {key} {asked!r:.60}; only {value} is implemented")
+    dense, step = values["mlp_only_layers"], values["decoder_sparse_step"]
+    dense = [l for l in range(values["num_hidden_layers"]) if l in dense or (l + 1) % step]
+    values |= {"qk_norm": qk_norm, "dense_layers": dense}
+    values["intermediate_size"] = width if dense else 0
+    values |= {"olmoe": {"head_dim": size}, "mixtral": {"norm_topk_prob": True}}.get(kind, {})
+    return ModelConfig(**{field.name: values[field.name] for field in fields(ModelConfig)})
+
+
+def config_json(model: MoETransformer) -> dict:
+    """The source's config.json, else one of our own; refuses a model that it does not describe."""
+    config, ids = model.config, ("bos_token_id", "eos_token_id", "pad_token_id")
+    kind = next(kind for kind, family in FAMILIES.items() if family[1] == config.qk_norm)
+    given = dict.fromkeys(ids) | vars(config) | {"model_type": kind, "hidden_act": "silu"}
+    given |= {"architectures": [FAMILIES[kind][0] + "ForCausalLM"], "decoder_sparse_step": 1}
+    given |= {"mlp_only_layers": given.pop("dense_layers"), "num_local_experts": config.num_experts}
+    if given.pop("qk_norm") != "head":  # these families have an MLP in no layer
+        given |= {"mlp_only_layers": (), "intermediate_size": config.moe_intermediate_size}
+    given = read(model.source / "config.json") if model.source else given
+    given["torch_dtype"] = given["dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
+    for name, value in vars(config_from(given)).items():
+        own = getattr(config, name)
+        expect(own == value, f"{name} {own} cannot be saved: {kind} checkpoints have {value}")
+    return given
+
+
+def disk_tensors(model: MoETransformer) -> dict[str, Tensor]:
+    """Hugging Face's names -> our weights, or the parts of fused and stacked ones; and W_p."""
+    place, matrices = next(f[2:4] for f in FAMILIES.values() if f[1] == model.config.qk_norm)
+    fused = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": matrices[:2], "down": matrices[2:]}
+    names, tensors = NAMES | {"moe": place}, {}
+    for name, weight in model.named_parameters():  # among which a tied lm_head is not
+        *at, last = (names.get(word, word) for word in name.removesuffix(".weight").split("."))
+        parts, rows = fused.get(last, (last,)), max(weight.dim() - 2, 0)
+        sizes = (
+            model.blocks[0].attention.widths if last == "qkv" else weight.shape[rows] // len(parts)
+        )
+        for part, tensor in zip(parts, weight.detach().split(sizes, rows), strict=True):
+            if tensor.dim() < 3:
+                tensors[".".join([*at, part, "weight"])] = tensor
+            else:
+                for expert, matrix in enumerate(tensor):
+                    tensors[".".join([*at, "experts", str(expert), part, "weight"])] = matrix
+    return tensors
+
+
+@torch.no_grad()
+def load_checkpoint(path: Path, dtype: torch.dtype, device: str | torch.device) -> MoETransformer:
+    """`from_pretrained`: maps one file after the other and copies tensor by tensor."""
+    with torch.device("meta"):  # no memory yet, and no random weights
+        model = MoETransformer(config_from(read(path / "config.json"))).to(dtype)
+    model.to_empty(device=device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed.weight  # to_empty has torn them apart
+    for router in model.routers:
+        for tensor in router.float().state_dict().values():
+            tensor.zero_()
+    tensors, model.source = disk_tensors(model), path
+    top = {name for name in tensors if ".predictor." not in name}
+    index = dict.fromkeys(top, SINGLE)
+    if not (path / SINGLE).exists():
+        index = read(path / INDEX).get("weight_map", {})
+    if (path / "predictor").exists():
+        index |= dict.fromkeys(tensors.keys() - top, f"predictor/{SINGLE}")
+    missing = top | index.keys()
+    for file in sorted(set(index.values())):
+        for name, found in read(path / file).items():
+            expect(name in tensors, f"{path / file} has an unknown tensor {name}")
+            shape, expected = tuple(found.shape), tuple(tensors[name].shape)
+            expect(shape == expected, f"{name} has shape {shape}; expected {expected}")
+            tensors[name].copy_(found)
+            missing.discard(name)
+    lost = min(missing, default="")
+    expect(not missing, f"{path / index.get(lost, INDEX)} lacks {len(missing)} tensors, as {lost}")
+    return model
+
+
+@torch.no_grad()
+def save_checkpoint(model: MoETransformer, path: Path, fold: bool | float) -> None:
+    """`save_pretrained`: fills a folder beside `path` and moves it there, all of it or none."""
+    expect(not path.exists(), f"{path} exists; choose another folder")
+    expect(math.isfinite(fold), f"fold_predictor is {fold}; expected a horizon")
+    save_file, config = import_safetensors().save_file, config_json(model)
+    tensors, files, size = disk_tensors(model), defaultdict(dict), 0
+    for name in [name for name in tensors if name.endswith(".gate.weight")]:
+        predictor, W = name.replace("gate", "gate.predictor"), tensors[name].float()
+        W_p, rounded = tensors.pop(predictor), W.to(model.embed.weight.dtype)
+        if fold is not False:
+            tensors[name] = W + fold * W_p
+        else:  # a router that has been trained in float32 stays in float32
+            files[f"predictor/{SINGLE}"][predictor] = W_p
+            tensors[name] = rounded if torch.equal(rounded.float(), W) else W
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": {}}
+    for name, tensor in tensors.items():
+        file = f"model-{size // SHARD_BYTES + 1:05}-of-{-(-total // SHARD_BYTES):05}.safetensors"
+        index["weight_map"][name] = file = file if total > SHARD_BYTES else SINGLE
+        files[file][name] = tensor
+        size += tensor.nbytes
+    texts = {"config.json": config} | ({INDEX: index} if total > SHARD_BYTES else {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
+        folder = Path(temporary) / path.name
+        for file, shard in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            save_file(shard, folder / file, {"format": "pt"})
+        for file in model.source.iterdir() if model.source else ():
+            if file.is_file() and re.match(COPIED, file.name):
+                shutil.copyfile(file, folder / file.name)
+        for name, text in texts.items():
+            (folder / name).write_text(json.dumps(text, indent=2) + "\n")
+        folder.rename(path)
 
 
 # -------------------------------------------------------------------------------- 2. Rollout
@@ -575,7 +799,7 @@ def old_pass(model, config, rollout, advantages, horizon, rows, generator) -> tu
     cached = mask & (draw <= draw.sort(1).values[:, last, None])
     inputs, p_old = at_response(trace.inputs, cached).float(), at_response(trace.logits, cached)
     route, p, h = (at_response(t, mask) for t in (recorded, trace.logits, trace.inputs))
-    W_p = torch.stack([block.moe.router.predictor.weight for block in model.blocks])
+    W_p = torch.stack([router.predictor.weight for router in model.routers])
     b = horizon[rows].expand(mask.shape)[mask][:, None] * (h.float() @ W_p.mT)
     own, stale = ((p + bias).topk(route.shape[-1]).indices.to(route.dtype) for bias in (b, 0))
     sums = {
@@ -621,7 +845,7 @@ def aim(model: MoETransformer, optimizer: torch.optim.AdamW, decay: float = 0.85
     The gain is <drift, prediction> / <prediction, prediction> of the unscaled V, kept in [0, 1]:
     where drift does not follow momentum it goes to 0, and the method to r3."""
     group, steps = optimizer.param_groups[1], []
-    for router in (block.moe.router for block in model.blocks):
+    for router in model.routers:
         V, state = torch.zeros_like(router.weight), optimizer.state.get(router.weight)
         if state:
             correction1, correction2 = (1 - beta ** state["step"] for beta in group["betas"])
@@ -639,9 +863,9 @@ def aim(model: MoETransformer, optimizer: torch.optim.AdamW, decay: float = 0.85
 def measure_gain(model: MoETransformer, b: Tensor, drift: Tensor) -> None:
     """Ours, pr2-cf: adds a prediction b and the drift that came, (L, n, N), to the running sums."""
     drift, b = (t - t.mean(-1, keepdim=True) for t in (drift, b))  # a common shift routes nobody
-    for block, came, guess in zip(model.blocks, drift, b, strict=True):
+    for router, came, guess in zip(model.routers, drift, b, strict=True):
         new = torch.stack([(came * guess).sum(), guess.square().sum()])
-        block.moe.router.gain.add_(new if new.isfinite().all() else 0)
+        router.gain.add_(new if new.isfinite().all() else 0)
 
 
 def mini_step(model, optimizer, config, batches, i: int, V=None) -> dict[str, float]:
@@ -665,7 +889,7 @@ def mini_step(model, optimizer, config, batches, i: int, V=None) -> dict[str, fl
         if config.predicts and i > 1:  # At i = 1 nothing has drifted yet.
             inputs = batch.inputs * horizon_after(i - 1, config)
             p_old, p = batch.old_logits, at_response(trace.logits, batch.cached)
-            W_p = torch.stack([block.moe.router.predictor.weight for block in model.blocks])
+            W_p = torch.stack([router.predictor.weight for router in model.routers])
             surprise = predictor_loss(inputs, p_old, p, W_p, config.predictor_loss) / cached
             sums["predictor_loss"] += surprise.detach()
             if config.method == "pr2-cf":

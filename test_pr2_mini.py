@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import pr2_mini
 import train_toy
 from pr2_mini import (
     AdditionTask,
@@ -47,6 +48,15 @@ from pr2_mini import (
     shared,
     synchronise,
 )
+
+try:
+    import safetensors.torch as safetensors
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+except ImportError:
+    safetensors = transformers = None
 
 torch.set_num_threads(1)  # the tensors are tiny; a second thread would only wait
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1630,6 +1640,745 @@ def test_slips_make_solutions_wrong():
 def test_too_small_a_task_is_refused(operands, largest):
     with pytest.raises(ValueError, match="too few"):
         AdditionTask(operands, largest)
+
+
+# ------------------------------------------------------------------------ 1b. Real checkpoints
+
+EXTRAS = "pip install transformers safetensors numpy"
+
+
+def needs_extras():
+    if transformers is None or safetensors is None:
+        pytest.skip(EXTRAS)
+
+
+FAMILIES = ("qwen3_moe", "olmoe", "mixtral")
+PROMPTS = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])  # 0 is padding
+REAL = PROMPTS != 0
+
+
+def theirs(kind, folder=None, **changes):
+    """A tiny random model of transformers, saved to the folder if there is one."""
+    needs_extras()
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 64}
+    sizes |= {"intermediate_size": 24, "num_experts": 8, "initializer_range": 0.2}
+    sizes |= {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    if kind == "qwen3_moe":
+        sizes |= {"moe_intermediate_size": 16, "head_dim": 16, "norm_topk_prob": True}
+    config = transformers.AutoConfig.for_model(kind, **sizes | changes)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # 1 everywhere would hide a norm that is left out
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model
+
+
+def reloaded(folder, **options):
+    needs_extras()
+    options = {"dtype": torch.float32} | options
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def ours(*arguments, **options):
+    needs_extras()
+    return MoETransformer.from_pretrained(*arguments, **options).eval().requires_grad_(False)
+
+
+def with_predictor(model):
+    torch.manual_seed(1)
+    for router in model.routers:
+        nn.init.normal_(router.predictor.weight, std=0.1)
+    return model
+
+
+def tiny(**changes):
+    needs_extras()
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3, "num_experts": 8}
+    sizes |= {"num_experts_per_tok": 2, "head_dim": 8, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    return with_predictor(MoETransformer(ModelConfig(**sizes | changes)).requires_grad_(False))
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: v for key, v in config.items() if v != "absent"}))
+
+
+def edit_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = safetensors.load_file(path)
+    change(tensors)
+    safetensors.save_file(tensors, path, {"format": "pt"})
+
+
+def weights_on_disk(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: t for file in files for name, t in safetensors.load_file(file).items()}
+
+
+def near(actual, expected):
+    """To 1e-4 of the largest value, which is what float32 sums in another order can differ by."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def same_bits(some, others):
+    assert some.keys() == others.keys()
+    for name, tensor in some.items():
+        assert tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]), name
+
+
+def compare(model, reference, tokens=PROMPTS, attend=REAL, **forward):
+    """Logits, router logits and chosen experts of the real positions, ours against theirs."""
+    logits, trace = model(tokens, attend=attend, **forward)
+    output = reference(tokens, attention_mask=attend.long(), output_router_logits=True)
+    near(logits[attend], output.logits[attend])
+    p = torch.stack(output.router_logits).view(len(trace.logits), *tokens.shape, -1)[:, attend]
+    if not forward:
+        near(trace.logits[:, attend], p)
+    experts, k = trace.experts[:, attend], trace.experts.shape[-1]
+    top, (kth, following) = p.topk(k).indices, p.topk(k + 1).values[..., -2:].unbind(-1)
+    clear = kth - following > 1e-4 * p.abs().max()  # else rounding may decide
+    assert clear.float().mean() > 0.9
+    assert (shared(experts.long(), top)[clear] == k).all()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved qwen3_moe model to damage."""
+    theirs("qwen3_moe", tmp_path / "model")
+    return tmp_path / "model"
+
+
+# ---------------------------------------------------------------------------------- Loading
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_loaded_model_computes_what_transformers_computes(kind, tmp_path):
+    reference = theirs(kind, tmp_path)
+    tokens = torch.randint(1, 40, (3, 12))
+    compare(ours(tmp_path), reference, tokens, torch.ones_like(tokens).bool())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_batch_computes_what_transformers_computes(kind, side, tmp_path):
+    reference, model = theirs(kind, tmp_path), ours(tmp_path)
+    tokens = PROMPTS if side == "left" else PROMPTS.flip(1)
+    attend = tokens != 0
+    logits, _ = model(tokens, attend=attend)
+    positions = attend.cumsum(1).sub(1).clamp(min=0)
+    output = reference(tokens, attention_mask=attend.long(), position_ids=positions)
+    near(logits[attend], output.logits[attend])
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "olmoe"])
+@torch.no_grad()
+def test_loaded_model_renormalises_where_its_config_does(kind, norm_topk_prob, tmp_path):
+    reference = theirs(kind, tmp_path, norm_topk_prob=norm_topk_prob)
+    compare(ours(tmp_path), reference)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_sharded_checkpoint_loads_like_a_single_file(kind, tmp_path):
+    reference = theirs(kind, tmp_path / "one")
+    reference.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    same_bits(ours(tmp_path / "many").state_dict(), ours(tmp_path / "one").state_dict())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_greedy_generation_with_cache_equals_that_of_transformers(kind, tmp_path):
+    reference, model = theirs(kind, tmp_path), ours(tmp_path)
+    options = {"attention_mask": REAL.long(), "do_sample": False, "max_new_tokens": 12}
+    expected = reference.generate(PROMPTS, pad_token_id=0, **options)
+    rollout = generate(model, PROMPTS, 12, eos=-1, pad=0, temperature=0.0)
+    assert torch.equal(rollout.tokens, expected)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_cached_steps_give_the_logits_of_transformers(kind, tmp_path):
+    reference, model = theirs(kind, tmp_path), ours(tmp_path)
+    tokens = torch.randint(1, 40, (2, 9))
+    cache, steps = Cache(model.config, 2, 9, model.embed.weight), []
+    for column in tokens.unbind(1):
+        steps.append(model(column[:, None], cache=cache)[0])
+    near(torch.cat(steps, 1), reference(tokens).logits)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_tied_embeddings_load_as_one_parameter(kind, tmp_path):
+    reference, model = theirs(kind, tmp_path, tie_word_embeddings=True), ours(tmp_path)
+    assert model.lm_head.weight is model.embed.weight
+    compare(model, reference)
+
+
+@pytest.mark.parametrize("changes", [{"mlp_only_layers": [0, 2]}, {"decoder_sparse_step": 2}])
+@torch.no_grad()
+def test_dense_layers_compute_what_transformers_computes(changes, tmp_path):
+    reference, model = theirs("qwen3_moe", tmp_path, **changes), ours(tmp_path)
+    assert model.config.dense_layers == (0, 2) and model.config.intermediate_size == 24
+    compare(model, reference)
+
+
+@torch.no_grad()
+def test_only_moe_layers_are_traced_and_replayed(tmp_path):
+    theirs("qwen3_moe", tmp_path, mlp_only_layers=[1])
+    model = ours(tmp_path)
+    logits, trace = model(PROMPTS, attend=REAL, keep_inputs=True)
+    assert [len(tensor) for tensor in trace] == [2, 2, 2]
+    replayed, again = model(PROMPTS, attend=REAL, replay=trace.experts)
+    assert torch.equal(replayed, logits) and torch.equal(again.experts, trace.experts)
+    rollout = generate(model, PROMPTS, 3, eos=-1, pad=0)
+    assert rollout.experts.shape == (2, 2, 6, 2)
+
+
+def test_dense_layers_receive_gradients():
+    model = tiny(dense_layers=(1,), intermediate_size=24).requires_grad_(True)
+    model(PROMPTS)[0].square().sum().backward()
+    assert model.blocks[1].moe.gate_up.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dense_layers": (3,), "intermediate_size": 8}, r"dense_layers is \(3,\)"),
+        ({"dense_layers": (0, 1, 2), "intermediate_size": 8}, "some, not all"),
+        ({"dense_layers": (0,)}, "intermediate_size is 0; expected at least 1"),
+    ],
+)
+def test_impossible_dense_layers_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+def test_config_with_dense_layers_survives_json():
+    config = tiny(dense_layers=(1,), intermediate_size=24).config
+    assert ModelConfig(**json.loads(json.dumps(vars(config)))) == config
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 500.0, "rope_parameters": "absent"},
+        {"rope_theta": 500, "rope_parameters": None, "rope_scaling": None},
+        {"rope_theta": 9.0, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+        {"rope_theta": 500.0, "rope_parameters": "absent", "rope_scaling": {"type": "default"}},
+        {"rope_theta": 9.0, "rope_scaling": {"rope_theta": 500.0}, "rope_parameters": "absent"},
+    ],
+)
+@torch.no_grad()
+def test_rope_theta_is_read_in_every_spelling(spelling, folder):
+    edit_config(folder, **spelling)
+    assert ours(folder).config.rope_theta == 500.0
+    compare(ours(folder), reloaded(folder))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_keys_that_published_configs_leave_out_have_their_defaults(kind, tmp_path):
+    # allenai/OLMoE-1B-7B-0924 has no rms_norm_eps, and nothing published has rope_parameters.
+    theirs(kind, tmp_path)
+    names = ["rms_norm_eps", "rope_parameters", "tie_word_embeddings", "hidden_act"]
+    names += [
+        "norm_topk_prob",
+        "attention_bias",
+        "clip_qkv",
+        "sliding_window",
+        "use_sliding_window",
+    ]
+    names += ["mlp_only_layers", "decoder_sparse_step", "architectures"]
+    edit_config(tmp_path, **dict.fromkeys(names, "absent"))
+    compare(ours(tmp_path), reloaded(tmp_path))
+
+
+@torch.no_grad()
+def test_rotary_positions_far_out_are_those_of_transformers(tmp_path):
+    changes = {"max_position_embeddings": 40_000, "rope_parameters": {"rope_theta": 1e6}}
+    reference = theirs("qwen3_moe", tmp_path, **changes).model.rotary_emb
+    (cosine, sine), _ = ours(tmp_path).positions(40_000, None, None)
+    expected = reference(torch.zeros(1), torch.arange(40_000)[None])
+    assert torch.equal(cosine[:, :, 0], expected[0])
+    assert torch.equal(sine[:, :, 0, 8:], expected[1][..., 8:])
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_weights_have_the_dtype_asked_and_routers_float32(kind, tmp_path):
+    theirs(kind, tmp_path)
+    for name, tensor in ours(tmp_path, dtype=torch.bfloat16).state_dict().items():
+        assert tensor.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
+
+
+@torch.no_grad()
+def test_bfloat16_checkpoint_loads_exactly_into_float32(tmp_path):
+    reference = theirs("qwen3_moe").bfloat16()
+    reference.save_pretrained(tmp_path)
+    compare(ours(tmp_path), reference.float())
+
+
+def test_router_is_not_rounded_to_the_dtype_asked(tmp_path):
+    reference = theirs("qwen3_moe", tmp_path)
+    router = ours(tmp_path, dtype=torch.bfloat16).routers[1]
+    assert torch.equal(router.weight, reference.model.layers[1].mlp.gate.weight)
+
+
+def test_model_remembers_its_folder_and_trains(tmp_path):
+    theirs("qwen3_moe", tmp_path)
+    model = MoETransformer.from_pretrained(str(tmp_path))
+    assert model.source == tmp_path
+    model(PROMPTS)[0].square().sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "predictor" not in n)
+
+
+def test_window_that_is_switched_off_is_not_refused(folder):
+    edit_config(folder, sliding_window=8, use_sliding_window=False)
+    ours(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
+def test_loading_needs_the_memory_of_the_model_and_one_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(pr2_mini, "SHARD_BYTES", 8 * 2**20)
+    sizes = {"moe_intermediate_size": 256, "num_experts": 32, "hidden_size": 256}
+    model = tiny(**sizes)  # 74 MB, 10 shards
+    model.save_pretrained(tmp_path / "saved")
+    needed = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
+    assert needed > 70
+    code = """if True:
+        import sys, torch, safetensors.torch
+        from pr2_mini import MoETransformer, ModelConfig
+        def status(key):
+            lines = open("/proc/self/status").read().splitlines()
+            return int(next(l for l in lines if l.startswith(key)).split()[1]) / 1024
+        MoETransformer(ModelConfig(8))
+        before = status("VmRSS")
+        model = MoETransformer.from_pretrained(sys.argv[1])
+        print(status("VmHWM") - before)
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "saved")]
+    here = Path(pr2_mini.__file__).parent
+    peak = float(subprocess.run(command, cwd=here, check=True, capture_output=True).stdout)
+    assert needed * 0.9 < peak < needed + 8 + 8  # 8 for the shard, 8 of slack
+
+
+# ------------------------------------------------------------------- What is refused, and how
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("qwen3_moe", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+        ("qwen3_moe", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
+        ("olmoe", {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type 'dynamic'"),
+        ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ("mixtral", {"sliding_window": 16}, "sliding_window 16"),
+        ("qwen3_moe", {"sliding_window": 16, "use_sliding_window": True}, "sliding_window 16"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size 8"),
+        ("qwen3_moe", {"n_shared_experts": 1}, "n_shared_experts 1"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias True"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
+        ("mixtral", {"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4}"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        (
+            "mixtral",
+            {"model_type": "qwen2_moe"},
+            'model_type is "qwen2_moe"; expected one of qwen3',
+        ),
+        ("mixtral", {"model_type": "absent"}, 'model_type is "None"'),
+        ("olmoe", {"architectures": ["OlmoeModel"]}, r"architectures \['OlmoeModel'\]; only"),
+        ("olmoe", {"num_hidden_layers": "absent"}, "num_hidden_layers is 0; expected at least 1"),
+        ("olmoe", {"hidden_size": "absent"}, "hidden_size is 0; expected at least 1"),
+        ("olmoe", {"intermediate_size": None}, "moe_intermediate_size is 0; expected"),
+        ("mixtral", {"num_local_experts": "absent"}, "num_experts is 0; expected at least 1"),
+        ("olmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but num_experts is 8"),
+    ],
+)
+def test_config_that_asks_for_more_is_refused_by_name(kind, changes, message, tmp_path):
+    theirs(kind, tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        ours(tmp_path)
+
+
+def test_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing/config.json is missing or damaged"):
+        ours(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\udcff"])
+def test_damaged_config_of_a_checkpoint_is_refused(content, folder):
+    (folder / "config.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"config.json is missing or damaged"):
+        ours(folder)
+
+
+def test_folder_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json is missing or damaged"):
+        ours(folder)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+@pytest.mark.parametrize("place", ["model-00002-of", "predictor/model"])
+def test_missing_or_truncated_shard_is_refused(damage, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(pr2_mini, "SHARD_BYTES", 20_000)
+    tiny().save_pretrained(tmp_path / "saved")
+    (shard,) = (tmp_path / "saved").glob(f"{place}*.safetensors")
+    content = shard.read_bytes()
+    shard.unlink()
+    if damage != "missing":
+        shard.write_bytes(content[:-1] if damage == "truncated" else b"")
+    with pytest.raises(ValueError, match=rf"{place}.*safetensors is missing or damaged"):
+        ours(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("model.norm.weight", True),
+        ("model.norm.weight", False),
+        ("model.layers.7.extra.weight", True),
+    ],
+)
+def test_tensor_that_only_index_or_config_know_of_is_refused(name, listed, tmp_path):
+    theirs("olmoe").save_pretrained(tmp_path, max_shard_size="20KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    file = index["weight_map"].get(name, min(index["weight_map"].values()))
+    index["weight_map"][name] = file
+    if not listed:
+        del index["weight_map"][name]
+    path.write_text(json.dumps(index))
+    tensors = safetensors.load_file(tmp_path / file)
+    tensors.pop(name, None)
+    safetensors.save_file(tensors, tmp_path / file)
+    place = file if listed else path.name
+    with pytest.raises(ValueError, match=rf"{place} lacks 1 tensors, as {name}"):
+        ours(tmp_path)
+
+
+def test_missing_tensor_is_refused(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"))
+    with pytest.raises(ValueError, match=r"lacks 1 tensors, as model.layers.1.mlp.experts.3.up"):
+        ours(folder)
+
+
+def test_unknown_tensor_is_refused(folder):
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
+    edit_tensors(folder, lambda tensors: tensors.update(bias))
+    with pytest.raises(ValueError, match=r"unknown tensor model.layers.0.self_attn.q_proj.bias"):
+        ours(folder)
+
+
+def test_stacked_experts_are_refused_by_name(tmp_path):
+    theirs("qwen3_moe").save_pretrained(tmp_path, save_original_format=False)
+    with pytest.raises(ValueError, match=r"unknown tensor model.layers.0.mlp.experts.down_proj"):
+        ours(tmp_path)
+
+
+def test_tensor_of_another_shape_is_refused(folder):
+    name = "model.layers.2.mlp.gate.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(7, 32)}))
+    with pytest.raises(ValueError, match=rf"{name} has shape \(7, 32\); expected \(8, 32\)"):
+        ours(folder)
+
+
+def test_tensor_of_one_element_is_not_spread_over_a_weight(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(1)}))
+    with pytest.raises(ValueError, match=r"model.norm.weight has shape \(1,\); expected \(32,\)"):
+        ours(folder)
+
+
+@pytest.mark.parametrize("action", ["load", "save"])
+def test_missing_safetensors_names_the_pip_command(action, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match="pip install safetensors numpy"):
+        ours(folder) if action == "load" else tiny().save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# ----------------------------------------------------------------------------------- Saving
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_saved_folder_holds_the_tensors_that_were_loaded(kind, tmp_path):
+    theirs(kind, tmp_path / "loaded")
+    ours(tmp_path / "loaded").save_pretrained(tmp_path / "saved")
+    same_bits(weights_on_disk(tmp_path / "saved"), weights_on_disk(tmp_path / "loaded"))
+
+
+@torch.no_grad()
+def test_bfloat16_folder_is_saved_with_the_tensors_that_were_loaded(tmp_path):
+    theirs("qwen3_moe").bfloat16().save_pretrained(tmp_path / "loaded")
+    ours(tmp_path / "loaded", dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    same_bits(weights_on_disk(tmp_path / "saved"), weights_on_disk(tmp_path / "loaded"))
+    assert reloaded(tmp_path / "saved", dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_transformers_loads_the_saved_folder_back(kind, changes, tmp_path):
+    reference = theirs(kind, tmp_path / "loaded", **changes)
+    ours(tmp_path / "loaded").save_pretrained(tmp_path / "saved")
+    same_bits(reloaded(tmp_path / "saved").state_dict(), reference.state_dict())
+    again = reloaded(tmp_path / "saved")
+    assert torch.equal(again(PROMPTS).logits, reference(PROMPTS).logits)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_saved_config_says_what_the_loaded_one_said(kind, tmp_path):
+    theirs(kind, tmp_path / "loaded")
+    edit_config(tmp_path / "loaded", eos_token_id=[3, 4], initializer_range=0.123)
+    ours(tmp_path / "loaded").save_pretrained(tmp_path / "saved")
+    some, others = (
+        transformers.AutoConfig.from_pretrained(tmp_path / name).to_dict()
+        for name in ("loaded", "saved")
+    )
+    assert some.pop("_name_or_path") != others.pop("_name_or_path")
+    assert others == some
+
+
+@pytest.mark.parametrize("qk_norm", ["head", "full", "none"])
+@torch.no_grad()
+def test_model_that_was_never_loaded_is_saved_as_the_family_of_its_norm(qk_norm, tmp_path):
+    model = tiny(qk_norm=qk_norm, num_attention_heads=4)
+    model.save_pretrained(tmp_path / "saved")
+    compare(model, reloaded(tmp_path / "saved"))
+    assert reloaded(tmp_path / "saved").config.eos_token_id is None
+
+
+def test_saved_config_names_the_dtype_of_the_model(tmp_path):
+    theirs("olmoe").bfloat16().save_pretrained(tmp_path / "loaded")
+    ours(tmp_path / "loaded").save_pretrained(tmp_path / "saved")
+    assert reloaded(tmp_path / "saved", dtype="auto").dtype == torch.float32
+
+
+@torch.no_grad()
+def test_dense_layers_are_saved(tmp_path):
+    model = tiny(dense_layers=(1,), intermediate_size=24)
+    model.save_pretrained(tmp_path / "saved")
+    compare(model, reloaded(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [20_000, 10**9], ids=["sharded", "one file"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qk_norm": "full", "norm_topk_prob": False},
+        {"qk_norm": "none", "rope_theta": 123.0},
+        {"dense_layers": (0, 2), "intermediate_size": 24, "tie_word_embeddings": True},
+    ],
+    ids=["qwen3_moe", "olmoe", "mixtral", "dense"],
+)
+def test_saved_and_loaded_model_is_the_same_bit_for_bit(
+    changes, limit, dtype, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pr2_mini, "SHARD_BYTES", limit)
+    model = tiny(**changes).to(dtype)
+    for router in model.routers:
+        router.float().weight.mul_(1.01)  # trained in float32: bfloat16 cannot hold it
+    model.save_pretrained(tmp_path / "saved")
+    again = ours(tmp_path / "saved", dtype=dtype)
+    assert again.config == model.config
+    same_bits(again.state_dict(), model.state_dict())
+
+
+def test_shards_stay_near_the_limit_and_the_index_finds_every_tensor(tmp_path, monkeypatch):
+    monkeypatch.setattr(pr2_mini, "SHARD_BYTES", 20_000)
+    tiny().save_pretrained(tmp_path / "saved")
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+    tensors = weights_on_disk(tmp_path / "saved")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    files = {}
+    for name, file in index["weight_map"].items():
+        files.setdefault(file, []).append(name)
+    assert index["weight_map"].keys() == tensors.keys()
+    for file, names in files.items():
+        sizes = [tensors[name].nbytes for name in names]
+        assert sum(sizes) - max(sizes) < 20_000
+        assert sorted(safetensors.load_file(tmp_path / "saved" / file)) == sorted(names)
+    count = f"-of-{len(files):05}.safetensors"
+    assert sorted(files) == [f"model-{i + 1:05}{count}" for i in range(len(files))]
+
+
+@torch.no_grad()
+def test_transformers_loads_sharded_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(pr2_mini, "SHARD_BYTES", 20_000)
+    model = tiny(qk_norm="none")
+    model.save_pretrained(tmp_path / "saved")
+    compare(model, reloaded(tmp_path / "saved"))
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
+TOKENIZER += ("merges.txt", "tokenizer.model", "chat_template.jinja", "added_tokens.json")
+
+
+def test_tokenizer_and_generation_files_are_copied_along(folder, tmp_path):
+    (folder / "tokenizer_sources").mkdir()
+    for name in (*TOKENIZER, "README.md", "pytorch_model.bin", "model.safetensors.index.json"):
+        (folder / name).write_text(name)
+    generation = (folder / "generation_config.json").read_text()
+    ours(folder).save_pretrained(tmp_path / "saved")
+    copied = {path.name for path in (tmp_path / "saved").iterdir()}
+    rest = {"config.json", "generation_config.json", "model.safetensors", "predictor"}
+    assert copied == rest | {*TOKENIZER}
+    assert all((tmp_path / "saved" / name).read_text() == name for name in TOKENIZER)
+    assert (tmp_path / "saved" / "generation_config.json").read_text() == generation
+
+
+def test_source_that_has_gone_is_reported(folder, tmp_path):
+    model = ours(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"model/config.json is missing or damaged"):
+        model.save_pretrained(tmp_path / "saved")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qk_norm": "none", "norm_topk_prob": False}, "norm_topk_prob False .* mixtral .* True"),
+        ({"qk_norm": "full", "head_dim": 16}, "head_dim 16 cannot be saved: olmoe .* have 8"),
+        (
+            {"qk_norm": "full", "dense_layers": (0,), "intermediate_size": 16},
+            "cannot be saved: olmoe checkpoints have",
+        ),
+        (
+            {"qk_norm": "none", "dense_layers": (0,), "intermediate_size": 16},
+            "cannot be saved: mixtral checkpoints have",
+        ),
+    ],
+)
+def test_config_that_no_family_has_is_refused_at_saving(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes).save_pretrained(tmp_path / "saved")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
+def test_existing_target_is_refused_and_left_alone(kind, tmp_path):
+    target = tmp_path / "saved"
+    target.write_text("mine") if kind == "file" else target.mkdir()
+    if kind == "folder":
+        (target / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="saved exists; choose another folder"):
+        tiny().save_pretrained(target)
+    assert len(list(tmp_path.rglob("*"))) == (2 if kind == "folder" else 1)
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_failure_while_saving_leaves_nothing_behind(error, tmp_path, monkeypatch):
+    monkeypatch.setattr(pr2_mini, "SHARD_BYTES", 20_000)
+    save, written = safetensors.save_file, []
+
+    def fail(tensors, path, metadata):
+        if len(written) == 2:
+            raise error
+        written.append(save(tensors, path, metadata))
+
+    monkeypatch.setattr(safetensors, "save_file", fail)
+    with pytest.raises(type(error)):
+        tiny().save_pretrained(tmp_path / "saved")
+    assert len(written) == 2 and os.listdir(tmp_path) == []
+
+
+def test_parent_folders_are_made(tmp_path):
+    tiny().save_pretrained(str(tmp_path / "some" / "where"))
+    assert os.listdir(tmp_path / "some") == ["where"]
+
+
+# ----------------------------------------------------------------------- Predictor and folding
+
+
+def test_predictor_is_kept_in_a_subfolder_of_its_own(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "saved")
+    names = weights_on_disk(tmp_path / "saved" / "predictor")
+    assert sorted(names) == [
+        f"model.layers.{layer}.mlp.gate.predictor.weight" for layer in range(3)
+    ]
+    assert not any("predictor" in name for name in weights_on_disk(tmp_path / "saved"))
+    again = ours(tmp_path / "saved")
+    for router, other in zip(model.routers, again.routers, strict=True):
+        assert torch.equal(router.predictor.weight, other.predictor.weight)
+
+
+def test_checkpoint_without_predictor_loads_with_a_zero_predictor(folder):
+    for router in ours(folder).routers:
+        for name, tensor in router.state_dict().items():
+            assert name == "weight" or not tensor.any()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_transformers_on_a_folded_folder_equals_horizon_one_here(kind, tmp_path):
+    theirs(kind, tmp_path / "loaded")
+    model = with_predictor(ours(tmp_path / "loaded"))
+    model.save_pretrained(tmp_path / "folded", fold_predictor=True)
+    compare(model, reloaded(tmp_path / "folded"), horizon=1.0)
+    unfolded = model(PROMPTS, attend=REAL)[1].experts
+    predicted = model(PROMPTS, attend=REAL, horizon=1.0)[1].experts
+    assert (shared(unfolded, predicted) < 2).any()
+
+
+@pytest.mark.parametrize("m", [0.0, 2.5])
+@torch.no_grad()
+def test_predictor_folds_at_any_horizon(m, tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "folded", fold_predictor=m)
+    compare(model, reloaded(tmp_path / "folded"), horizon=m)
+    assert not (tmp_path / "folded" / "predictor").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("router_dtype", [torch.float32, torch.bfloat16])
+def test_folded_router_is_float32_and_the_predictor_is_not_written(dtype, router_dtype, tmp_path):
+    model = tiny().to(dtype)
+    for router in model.routers:
+        router.to(router_dtype)
+    model.save_pretrained(tmp_path / "folded", fold_predictor=True)
+    assert not (tmp_path / "folded" / "predictor").exists()
+    tensors = weights_on_disk(tmp_path / "folded")
+    assert not any("predictor" in name for name in tensors)
+    for layer, router in enumerate(model.routers):
+        gate = tensors[f"model.layers.{layer}.mlp.gate.weight"]
+        assert gate.dtype == torch.float32
+        assert torch.equal(gate, router.weight.float() + router.predictor.weight)
+
+
+def test_folding_does_not_touch_the_model(tmp_path):
+    model = tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "folded", fold_predictor=True)
+    same_bits(model.state_dict(), before)
+
+
+@torch.no_grad()
+def test_folded_folder_loads_here_without_a_predictor(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "folded", fold_predictor=True)
+    again = ours(tmp_path / "folded")
+    assert not any(router.predictor.weight.any() for router in again.routers)
+    near(again(PROMPTS)[0], model(PROMPTS, horizon=1.0)[0])
+
+
+def test_fold_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="fold_predictor is inf"):
+        tiny().save_pretrained(tmp_path / "folded", fold_predictor=math.inf)
 
 
 # ------------------------------------------------------------------- train_toy.py, the command line
