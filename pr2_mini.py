@@ -19,7 +19,7 @@ stores them, (N, D), so that p = h W reads F.linear(h, weight).
   kappa, i       mini-steps per rollout batch (`mini_steps`); mini-step index 1..kappa
   alpha          learning rate of the predictor over the policy's
 
-Which experts run in which pass (paper, Table 1); sections 2 and 4 are this table as code.
+Which experts run in which pass (paper, Table 1); sections 3 and 5 are this table as code.
                       grpo, gspo    r2                        r3                  pr2
   rollout   mu_old    own top-k     own top-k                 own top-k           predicted top-k
   old pass  pi_old    own top-k     own top-k, recorded here  replay of rollout   replay of rollout
@@ -548,7 +548,7 @@ def save_checkpoint(model: MoETransformer, path: Path, fold: bool | float) -> No
         folder.rename(path)
 
 
-# -------------------------------------------------------------------------------- 2. Rollout
+# -------------------------------------------------------------------------------- 3. Rollout
 class Rollout(NamedTuple):
     """B = Q * samples sampled responses, prompt-major, with the routes that produced them."""
 
@@ -641,7 +641,7 @@ def synchronise(engine: MoETransformer, model: MoETransformer, rollout_dtype: st
         target.copy_(source)
 
 
-# --------------------------------------------------------------------------------- 3. Losses
+# --------------------------------------------------------------------------------- 4. Losses
 def group_advantages(rewards: Tensor) -> Tensor:
     """GRPO: (Q, G) rewards -> (Q, G), (r - mean) / (unbiased std + 1e-6) over each prompt's group.
     A group whose rewards are all equal, or of one response, teaches nothing: 0."""
@@ -684,7 +684,7 @@ def load_balancing_loss(experts: Tensor, logits: Tensor) -> Tensor:
     return N * (share * logits.softmax(-1).flatten(1, -2).mean(1)).sum(-1).mean()
 
 
-# --------------------------------------------------------- 4. One RL step and what it measures
+# --------------------------------------------------------- 5. One RL step and what it measures
 METHODS = ("grpo", "gspo", "r2", "r3", "pr2", "pr2-h", "pr2-cf")  # the last two are ours
 PHASES = ("rollout", "old_logprobs", "update")
 
@@ -981,7 +981,7 @@ def rl_step(
     return metrics | {"seconds_update": time.perf_counter() - start}
 
 
-# ------------------------------------------------------------------------------ 5. Toy task
+# ------------------------------------------------------------------------------ 6. Toy task
 class AdditionTask:
     """Chain-of-thought addition: the prompt "7+5+9=" is answered by its running sums, "12,21.".
     A checksum of the text sets an eighth of the prompts aside; they are never trained on."""

@@ -485,1164 +485,7 @@ def test_shared_counts_common_experts_in_any_order():
     assert shared(route, other).tolist() == [3, 2, 0]
 
 
-# -------------------------------------------------------------------------------- 2. Rollout
-
-
-def sample(model, prompts, new=10, seed=0, **options):
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    options = {"eos": EOS, "pad": PAD, "generator": generator} | options
-    return generate(model, prompts, new, **options)
-
-
-def some_prompts():
-    return padded_batch(5, 3, 4, 2)[0]
-
-
-@torch.no_grad()
-def full_forward(model, rollout, horizon=None):
-    """The finished tokens in one forward pass."""
-    tokens, attend = rollout.tokens[:, :-1], rollout.attend[:, :-1]
-    return model(tokens, attend=attend, horizon=horizon, keep_inputs=True)
-
-
-@pytest.mark.parametrize("horizon", [None, 1.0])
-def test_rollout_routes_are_those_of_a_full_forward(horizon):
-    model = randomise_predictor(tiny_model())
-    rollout = sample(model, some_prompts(), samples=4, horizon=horizon)
-    _, trace = full_forward(model, rollout, horizon)
-    scores = trace.logits
-    if horizon is not None:
-        predictors = [block.moe.router.predictor.weight for block in model.blocks]
-        change = [F.linear(h, w) for h, w in zip(trace.inputs, predictors, strict=True)]
-        scores = scores + torch.stack(change)
-    _, second, third = scores.softmax(-1).topk(3).values.unbind(-1)
-    live = rollout.attend[:, :-1] & rollout.attend[:, 1:]
-    clear = live & (second - third > 1e-5)  # a tie may fall either way
-    assert clear.sum() > 0.9 * 2 * live.sum()
-    assert (shared(rollout.experts, trace.experts)[clear] == 2).all()
-
-
-@pytest.mark.parametrize(("temperature", "scale"), [(1.0, 1.0), (0.7, 0.7), (0, 1.0)])
-def test_rollout_logprobs_are_those_of_a_full_forward(temperature, scale):
-    model, new = tiny_model(), 10
-    rollout = sample(model, some_prompts(), new, samples=4, temperature=temperature)
-    logprobs = (full_forward(model, rollout)[0][:, -new:] / scale).log_softmax(-1)
-    expected = logprobs.gather(-1, rollout.tokens[:, -new:, None]).squeeze(-1)
-    close(rollout.logprobs, expected * rollout.attend[:, -new:])
-
-
-def test_greedy_rollout_takes_the_likeliest_token():
-    model, new = tiny_model(), 10
-    rollout = sample(model, some_prompts(), new, temperature=0, eos=-1)
-    likeliest = full_forward(model, rollout)[0][:, -new:].argmax(-1)
-    assert torch.equal(rollout.tokens[:, -new:], likeliest)
-    again = sample(model, some_prompts(), new, seed=1, temperature=0, eos=-1)
-    assert torch.equal(rollout.tokens, again.tokens)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.2])
-@torch.no_grad()
-def test_samples_follow_the_softmax_at_the_temperature(temperature):
-    model, (prompt, _), count = tiny_model(), padded_batch(5), 10_000
-    drawn = sample(model, prompt, 1, samples=count, temperature=temperature).tokens[:, -1]
-    p = (model(prompt)[0][0, -1] / temperature).softmax(-1)
-    share = drawn.bincount(minlength=20) / count
-    assert ((share - p).abs() < 5 * (p * (1 - p) / count).sqrt()).all()  # five sigma
-
-
-def test_same_seed_gives_the_same_rollout():
-    model = tiny_model()
-    one, same, other = (sample(model, some_prompts(), samples=2, seed=s) for s in (0, 0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(one[:4], same[:4], strict=True))
-    assert not torch.equal(one.tokens, other.tokens)
-
-
-def test_rollout_has_the_promised_shapes():
-    rollout = sample(tiny_model(), some_prompts(), 10, samples=3)
-    assert rollout.prompt_length == 5 and rollout.tokens.shape == rollout.attend.shape == (12, 15)
-    assert rollout.logprobs.shape == (12, 10) and rollout.logprobs.dtype == torch.float32
-    assert rollout.experts.shape == (2, 12, 14, 2) and rollout.experts.dtype == torch.uint8
-
-
-def test_samples_are_prompt_major():
-    prompts = some_prompts()
-    rollout = sample(tiny_model(), prompts, samples=3)
-    assert torch.equal(rollout.tokens[:, :5], prompts.repeat_interleave(3, 0))
-    assert torch.equal(rollout.attend[:, :5], (prompts != PAD).repeat_interleave(3, 0))
-
-
-def test_response_attends_up_to_and_including_its_end_token():
-    rollout = sample(tiny_model(), some_prompts(), samples=8)
-    ends = (rollout.tokens[:, 5:] == EOS).long()
-    before = ends.cumsum(1) - ends == 0
-    assert torch.equal(rollout.attend[:, 5:], before)
-    assert 0 < ends.sum() < len(ends)
-
-
-def test_after_the_end_there_is_only_padding():
-    rollout = sample(tiny_model(), some_prompts(), samples=8)
-    after = ~rollout.attend[:, 5:]
-    assert after.any()
-    assert (rollout.tokens[:, 5:][after] == PAD).all() and (rollout.logprobs[after] == 0).all()
-    # The route of the end token belongs to no response token either.
-    routes = rollout.experts[:, :, 4:][:, after]
-    assert torch.equal(routes, torch.tensor([0, 1], device=DEVICE).expand_as(routes))
-
-
-def test_negative_end_token_never_stops():
-    rollout = sample(tiny_model(), some_prompts(), samples=8, eos=-1)
-    assert rollout.attend[:, 5:].all() and (rollout.tokens[:, 5:-1] == EOS).any()
-    assert (rollout.logprobs < 0).all()
-
-
-def test_finished_responses_do_not_change_the_others():
-    model, prompts = randomise_predictor(tiny_model()), padded_batch(*range(2, 10))[0]
-    horizon = torch.linspace(0, 2, 8, device=DEVICE)
-    options = {"temperature": 0, "horizon": horizon}
-    endless = sample(model, prompts, eos=-1, **options)
-    response = endless.tokens[:, 9:]
-    emitted = torch.tensor([(response[:, :6] == t).any(1).sum() for t in range(20)])
-    eos = int((emitted - 4).abs().argmin())  # a token that about half of the responses contain
-    stopped = sample(model, prompts, eos=eos, **options)
-    live = stopped.attend
-    assert 2 <= emitted[eos] <= 6 and torch.equal(stopped.tokens[live], endless.tokens[live])
-    close(stopped.logprobs, endless.logprobs * live[:, 9:])
-    live = live[:, 1:]
-    assert torch.equal(stopped.experts[:, live], endless.experts[:, live])
-
-
-def test_left_padded_prompts_are_answered_like_unpadded_ones():
-    model, prompts = tiny_model(), some_prompts()
-    padded = sample(model, prompts, temperature=0)
-    for row, prompt in enumerate(prompts):
-        alone = sample(model, prompt[None, prompt != PAD], temperature=0)
-        assert torch.equal(alone.tokens[0, -10:], padded.tokens[row, -10:])
-
-
-def test_only_leading_pads_are_padding():
-    prompts = some_prompts()
-    prompts[0, 2] = PAD
-    assert sample(tiny_model(), prompts).attend[0, :5].all()
-
-
-def test_each_prompt_has_its_own_horizon():
-    model, prompts = randomise_predictor(tiny_model()), some_prompts()
-    horizon, options = torch.tensor([0.0, 1.0, 2.0, 3.0], device=DEVICE), {"temperature": 0}
-    together = sample(model, prompts, samples=2, horizon=horizon, **options)
-    for row, m in enumerate(horizon.repeat_interleave(2)):
-        alone = sample(model, prompts[[row // 2]], horizon=float(m), **options)
-        assert torch.equal(together.tokens[row], alone.tokens[0])
-        assert torch.equal(together.experts[:, row], alone.experts[:, 0])
-
-
-def test_one_new_token_is_possible():
-    rollout = sample(tiny_model(), some_prompts(), 1)
-    assert rollout.tokens.shape == (4, 6) and rollout.experts.shape == (2, 4, 5, 2)
-    assert rollout.attend[:, -1].all() and (rollout.logprobs < 0).all()
-
-
-@pytest.mark.parametrize(
-    ("new", "options", "message"),
-    [
-        (10, {"temperature": -1.0}, "temperature is -1"),
-        (0, {}, "max_new_tokens 0"),
-        (10, {"samples": 0}, "samples 0"),
-    ],
-)
-def test_impossible_rollout_is_refused(new, options, message):
-    with pytest.raises(ValueError, match=message):
-        sample(tiny_model(), some_prompts(), new, **options)
-
-
-def test_prompt_longer_than_the_context_is_refused():
-    with pytest.raises(ValueError, match="max_position_embeddings"):
-        sample(tiny_model(max_position_embeddings=4), some_prompts())
-
-
-def synchronised(model, precision):
-    engine = rollout_engine(model, precision)
-    synchronise(engine, model, precision)
-    return engine
-
-
-def test_fp32_engine_holds_the_same_bits():
-    model = tiny_model()
-    engine = rollout_engine(model, "fp32")
-    disturb(model)
-    assert not same_weights(engine.state_dict(), model.state_dict())
-    synchronise(engine, model, "fp32")
-    assert same_weights(engine.state_dict(), model.state_dict())
-
-
-def test_bf16_engine_rounds_all_but_the_router():
-    model = randomise_predictor(tiny_model())
-    for name, weight in synchronised(model, "bf16").state_dict().items():
-        precise = ".router." in name
-        expected = model.state_dict()[name].to(torch.float32 if precise else torch.bfloat16)
-        assert torch.equal(weight, expected) and weight.dtype == expected.dtype
-
-
-def test_fp8_engine_rounds_experts_and_projections_only():
-    # Wide rows, since a narrow one has few levels anyway.
-    wide = {"hidden_size": 512, "head_dim": 512, "num_attention_heads": 1, "num_key_value_heads": 1}
-    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 512}
-    model = randomise_predictor(tiny_model(num_hidden_layers=1, **wide, **experts))
-    coarse, fine = synchronised(model, "fp8"), synchronised(model, "bf16").state_dict()
-    for name, weight in coarse.state_dict().items():
-        if any(part in name for part in ("qkv", "attention.out", "gate_up", "down")):
-            levels = [len(row.unique()) for row in weight.flatten(0, -2)[:8]]
-            assert max(levels) <= 256 < len(fine[name].flatten(0, -2)[0].unique())
-            # Half a step of three mantissa bits, the bfloat16 rounding, and subnormals.
-            largest = fine[name].abs().amax(-1, keepdim=True)
-            assert ((weight - fine[name]).abs() <= fine[name].abs() / 15 + largest / 2**17).all()
-        else:
-            assert torch.equal(weight, fine[name]), name
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_engine_is_a_copy_without_gradients(precision):
-    model = tiny_model()
-    engine, before = synchronised(model, precision), weights_of(synchronised(model, precision))
-    disturb(model)
-    assert same_weights(engine.state_dict(), before)
-    assert not any(parameter.requires_grad for parameter in engine.parameters())
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-# --------------------------------------------------------------------------------- 3. Losses
-
-
-def test_group_advantages_of_a_hand_computed_example():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
-    # Unbiased deviations: sqrt((0.75^2 + 3 * 0.25^2) / 3) = 1/2 and sqrt(4 * 0.5^2 / 3) = sqrt(1/3)
-    half = 0.75**0.5
-    expected = torch.tensor([[1.5, -0.5, -0.5, -0.5], [half, half, -half, -half]])
-    close(group_advantages(rewards), expected)
-
-
-@pytest.mark.parametrize("reward", [0.0, 1.0, 0.7])  # the mean of eight 0.7 is not 0.7 in float32
-def test_group_without_variance_has_no_advantage(reward):
-    assert torch.equal(group_advantages(torch.full((2, 8), reward)), torch.zeros(2, 8))
-
-
-def test_single_response_has_no_advantage():
-    assert torch.equal(group_advantages(torch.ones(3, 1)), torch.zeros(3, 1))
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "slope"),
-    [
-        (1.0, 2.0, -2.0, -2.0),
-        (1.5, 2.0, -2.56, 0.0),  # risen past 1.28 and still wanted: clipped
-        (0.5, 2.0, -1.0, -2.0),  # fallen though wanted: pulled back
-        (0.5, -2.0, 1.6, 0.0),  # fallen past 0.8 and still unwanted: clipped
-        (1.5, -2.0, 3.0, 2.0),  # risen though unwanted: pulled back
-    ],
-)
-def test_ppo_loss_clips_only_what_went_far_enough(ratio, advantage, loss, slope):
-    log_ratio = torch.tensor(math.log(ratio), requires_grad=True)
-    found = ppo_loss(log_ratio, torch.tensor(advantage), 0.2, 0.28)
-    found.backward()
-    close(found.detach(), torch.tensor(loss))
-    close(log_ratio.grad, torch.tensor(slope * ratio))  # d ratio / d log ratio = ratio
-
-
-def test_sequence_log_ratio_is_the_mean_over_the_response():
-    log_ratio = torch.tensor([[0.1, 0.3, 0.2], [0.4, -0.2, 9.0]])
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-    close(sequence_log_ratio(log_ratio, mask), torch.tensor([[0.2], [0.1]]))
-
-
-def test_gspo_clips_whole_sequences():
-    # The first sequence's mean is past the clip, though one of its tokens is not; and the reverse.
-    log_ratio = torch.tensor([[0.0, 0.002], [0.0006, -0.0004]], requires_grad=True)
-    sequences = sequence_log_ratio(log_ratio, torch.ones(2, 2, dtype=torch.bool))
-    loss = ppo_loss(sequences, torch.ones(2, 1), 3e-4, 4e-4)
-    loss.sum().backward()
-    close(loss.detach(), -torch.tensor([[1.0004], [math.exp(0.0001)]]), tolerance=1e-7)
-    close(log_ratio.grad, -torch.tensor([[0.0, 0.0], [0.5, 0.5]]), tolerance=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("kind", "target", "prediction"),
-    # b = h W_p = (ln 3, 0), p_old = (0, ln 3), p = (ln 3, 0)
-    [("post", (3 / 4, 1 / 4), (1 / 2, 1 / 2)), ("delta", (9 / 10, 1 / 10), (3 / 4, 1 / 4))],
-)
-def test_predictor_loss_of_a_hand_computed_example(kind, target, prediction):
-    inputs, weight = torch.tensor([[[2.0]]]), torch.tensor([[[math.log(3) / 2], [0.0]]])
-    old_logits, logits = torch.tensor([[[0.0, math.log(3)]]]), torch.tensor([[[math.log(3), 0.0]]])
-    expected = sum(t * math.log(t / p) for t, p in zip(target, prediction, strict=True))
-    close(predictor_loss(inputs, old_logits, logits, weight, kind), torch.tensor(expected))
-
-
-def random_drift(layers=2, tokens=5, dtype=torch.float64):
-    """inputs, old_logits, logits and weight of a predictor loss."""
-    torch.manual_seed(0)
-    shapes = ((layers, tokens, 4), (layers, tokens, 8), (layers, tokens, 8), (layers, 8, 4))
-    return [torch.randn(shape, dtype=dtype) for shape in shapes]
-
-
-@pytest.mark.parametrize("kind", ["post", "delta"])
-def test_predictor_gradient_equals_finite_differences(kind):
-    *given, weight = random_drift()
-    weight.requires_grad_()
-    assert torch.autograd.gradcheck(lambda w: predictor_loss(*given, w, kind), weight)
-
-
-@pytest.mark.parametrize("kind", ["post", "delta"])
-def test_predictor_loss_adds_up_over_layers_and_tokens(kind):
-    inputs, old_logits, logits, weight = random_drift()
-    parts = [
-        predictor_loss(*(t[[l]][:, [n]] for t in (inputs, old_logits, logits)), weight[[l]], kind)
-        for l in range(2)
-        for n in range(5)
-    ]
-    close(predictor_loss(inputs, old_logits, logits, weight, kind), sum(parts))
-
-
-@pytest.mark.parametrize("kind", ["post", "delta"])
-def test_predictor_loss_leaves_the_current_router_alone(kind):
-    inputs, old_logits, logits, weight = random_drift()
-    logits.requires_grad_()
-    weight.requires_grad_()
-    predictor_loss(inputs, old_logits, logits, weight, kind).backward()
-    assert logits.grad is None and weight.grad.ne(0).any()
-
-
-@pytest.mark.parametrize("kind", ["post", "delta"])
-def test_zero_predictor_without_drift_has_no_loss(kind):
-    inputs, old_logits, _, weight = random_drift()
-    weight = torch.zeros_like(weight, requires_grad=True)
-    loss = predictor_loss(inputs, old_logits, old_logits, weight, kind)
-    loss.backward()
-    assert loss.abs() < 1e-12 and weight.grad.abs().max() < 1e-12  # roundings of a float64 softmax
-
-
-def test_load_balancing_loss_is_one_when_the_load_is_even():
-    experts = torch.arange(8, dtype=torch.uint8).view(1, 2, 2, 2).expand(3, 2, 2, 2)
-    close(load_balancing_loss(experts, torch.zeros(3, 2, 2, 8)), torch.tensor(1.0))
-
-
-def test_load_balancing_loss_is_the_number_of_experts_when_one_takes_all():
-    experts, logits = torch.full((1, 4, 1), 3), torch.full((1, 4, 8), -50.0)
-    logits[..., 3] = 50.0
-    close(load_balancing_loss(experts, logits), torch.tensor(8.0))
-
-
-# --------------------------------------------------------- 4. One RL step and what it measures
-
-
-def tiny_settings(**changes):
-    sizes = {"prompts": 4, "samples": 2, "max_new_tokens": 10, "eos": EOS, "pad": PAD}
-    return RLConfig(**sizes | {"learning_rate": 1e-2, "max_grad_norm": 1e9} | changes)
-
-
-def share_of_even_tokens(rollout):
-    """A reward that differs within a group."""
-    return (rollout.tokens[:, rollout.prompt_length :] % 2 == 0).float().mean(1)
-
-
-def run_step(model, config, prompts=None, reward=share_of_even_tokens, optimizer=None, engine=None):
-    return rl_step(
-        model,
-        engine or rollout_engine(model, config.rollout_dtype),
-        optimizer or make_optimizer(model, config),
-        config,
-        some_prompts() if prompts is None else prompts,
-        reward,
-        generator=torch.Generator(DEVICE).manual_seed(0),
-    )
-
-
-def sgd(model):
-    """Adam would turn the rounding of a zero gradient into a full step."""
-    groups = make_optimizer(model, tiny_settings()).param_groups
-    return torch.optim.SGD([{"params": group["params"]} for group in groups], lr=0.1)
-
-
-def roll_out(model, config):
-    engine = synchronised(model, config.rollout_dtype)
-    horizon = 1.0 if config.method.startswith("pr2") else None
-    return sample(engine, some_prompts(), config.max_new_tokens, samples=2, horizon=horizon)
-
-
-def old_slices(model, config, size=8):
-    """A rollout of eight responses, and its old pass in micro-batches."""
-    rollout, generator = roll_out(model, config), torch.Generator(DEVICE).manual_seed(0)
-    advantages = torch.linspace(-1, 1.5, 8, device=DEVICE)[:, None]
-    given = rollout, advantages, torch.full_like(advantages, config.method.startswith("pr2"))
-    rows = [slice(start, min(start + size, 8)) for start in range(0, 8, size)]
-    passes = [old_pass(model, config, *given, r, generator) for r in rows]
-    return rollout, [batch for batch, _ in passes], [sums for _, sums in passes]
-
-
-def rehearse(model, config, batches, i):
-    """The gradients, by name, that mini-step i hands to the optimizer; and its metrics."""
-    optimizer, found = make_optimizer(model, config), {}
-
-    def record():
-        named = model.named_parameters()
-        found.update({name: p.grad.clone() for name, p in named if p.grad is not None})
-
-    optimizer.step = record
-    V = aim(model, optimizer) if config.method == "pr2-cf" else None
-    return found, mini_step(model, optimizer, config, batches, i, V)
-
-
-def recorded_gradients(model, config, batches, i):
-    return rehearse(model, config, batches, i)[0]
-
-
-def of_predictor(found):
-    return {name: gradient for name, gradient in found.items() if "predictor" in name}
-
-
-def of_policy(found):
-    return {name: gradient for name, gradient in found.items() if "predictor" not in name}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"method": "ppo"}, 'method is "ppo"'),
-        ({"rollout_dtype": "int4"}, 'rollout_dtype is "int4"'),
-        ({"predictor_loss": "pre"}, 'predictor_loss is "pre"'),
-        ({"mini_steps": 8}, "mini_steps 8 is larger than the 4 prompts"),
-        ({"mini_steps": 3}, "4 prompts do not divide into 3"),
-        ({"mini_steps": 0}, "mini_steps is 0"),
-        ({"learning_rate": -1e-4}, "learning_rate is -0.0001"),
-        ({"alpha": math.nan}, "alpha is nan"),
-        ({"temperature": 0.0}, "temperature is 0"),
-    ],
-)
-def test_impossible_settings_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_settings(**changes)
-
-
-@pytest.mark.parametrize(
-    ("method", "clip"), [("grpo", (0.2, 0.28)), ("pr2", (0.2, 0.28)), ("gspo", (3e-4, 4e-4))]
-)
-def test_each_method_has_its_own_clip(method, clip):
-    assert tiny_settings(method=method).clip == clip
-    assert tiny_settings(method=method, clip=(0.1, 0.3)).clip == (0.1, 0.3)
-
-
-@pytest.mark.parametrize("tie", [True, False])
-def test_every_parameter_is_in_exactly_one_optimizer_group(tie):
-    model = tiny_model(tie_word_embeddings=tie)
-    groups = make_optimizer(model, tiny_settings()).param_groups
-    held = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
-    assert all(group["weight_decay"] == 0 for group in groups)
-
-
-def test_predictor_and_router_have_their_own_learning_rates():
-    model = tiny_model()
-    special = {"alpha": 7.0, "router_multiplier": 5.0, "predictor_beta1": 0.25}
-    config = tiny_settings(learning_rate=0.5, betas=(0.8, 0.9), **special)
-    groups = make_optimizer(model, config).param_groups
-    found = {id(p): (group["lr"], group["betas"]) for group in groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        expected = (0.5, (0.8, 0.9))
-        if "router.weight" in name:
-            expected = (2.5, (0.8, 0.9))
-        if "predictor" in name:
-            expected = (3.5, (0.25, 0.9))
-        assert found[id(parameter)] == expected
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_each_method_trains_on_its_own_route(method):
-    config = tiny_settings(method=method, rollout_dtype="fp8")
-    model = randomise_predictor(tiny_model())
-    rollout, [batch], _ = old_slices(model, config)
-    rolled = rollout.experts[:, :, : batch.tokens.shape[1] - 1]
-    own = model(batch.tokens[:, :-1], attend=batch.attend)[1].experts
-    assert not torch.equal(rolled, own)
-    expected = {"grpo": None, "gspo": None, "r2": own}.get(method, rolled)
-    assert batch.replay is expected is None or torch.equal(batch.replay, expected)
-    at_tokens = (rolled if expected is None else expected)[:, :, 4:][:, batch.mask]
-    assert torch.equal(batch.reference, at_tokens)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_old_pass_replays_the_rollout_for_r3_and_pr2(method):
-    config = tiny_settings(method=method, rollout_dtype="fp8")
-    model = randomise_predictor(tiny_model())
-    rollout, [batch], _ = old_slices(model, config)
-    rolled = rollout.experts[:, :, : batch.tokens.shape[1] - 1]
-    replay = None if method in ("grpo", "gspo", "r2") else rolled
-    # Without a horizon: in training the predictor is off.
-    logits, trace = model(batch.tokens[:, :-1], attend=batch.attend, replay=replay)
-    logprobs = logits[:, 4:].log_softmax(-1).gather(-1, batch.tokens[:, 5:, None]).squeeze(-1)
-    close(batch.old_logprobs, logprobs * batch.mask)
-    assert torch.equal(batch.stale.long(), trace.logits[:, :, 4:][:, batch.mask].topk(2).indices)
-
-
-@pytest.mark.parametrize(
-    ("method", "epochs", "horizon"),
-    [
-        *((method, 1, None) for method in ("grpo", "gspo", "r2", "r3")),
-        ("pr2", 1, [1.0, 1.0, 1.0, 1.0]),
-        ("pr2", 2, [1.0, 1.0, 1.0, 1.0]),
-        ("pr2-h", 1, [0.0, 0.0, 1.0, 1.0]),  # updates made before the prompt's mini-step
-        ("pr2-h", 2, [1.0, 1.0, 2.0, 2.0]),  # means of 0 and 2, of 1 and 3
-        ("pr2-cf", 1, [0.0, 0.0, 0.9, 0.9]),  # steps of momentum with beta1 = 0.9
-    ],
-)
-def test_each_method_rolls_out_at_its_own_horizon(method, epochs, horizon):
-    config, seen = tiny_settings(method=method, epochs=epochs), []
-    model = randomise_predictor(tiny_model())
-    given = None if horizon is None else torch.tensor(horizon, device=DEVICE)
-    expected = sample(model, some_prompts(), 10, samples=2, horizon=given)
-    engine, generator = rollout_engine(model, "fp32"), torch.Generator(DEVICE).manual_seed(0)
-    reward = lambda rollout: seen.append(rollout) or torch.zeros(8)  # noqa: E731
-    collect(model, engine, config, some_prompts(), reward, generator)
-    assert torch.equal(seen[0].tokens, expected.tokens)
-    assert torch.equal(seen[0].experts, expected.experts)
-
-
-def test_old_pass_cuts_after_the_longest_response():
-    rollout, slices, _ = old_slices(tiny_model(), tiny_settings(), size=1)
-    lengths = rollout.attend[:, 5:].sum(1).tolist()
-    assert [batch.mask.shape[1] for batch in slices] == lengths and len(set(lengths)) > 1
-    assert all(batch.mask.all() and batch.old_logprobs.all() for batch in slices)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_old_logprobs_are_taken_at_the_sampling_temperature(temperature):
-    config = tiny_settings(method="grpo", temperature=temperature)
-    _, [batch], _ = old_slices(tiny_model(), config)
-    logits = tiny_model()(batch.tokens[:, :-1], attend=batch.attend)[0][:, 4:] / temperature
-    logprobs = logits.log_softmax(-1).gather(-1, batch.tokens[:, 5:, None]).squeeze(-1)
-    close(batch.old_logprobs, logprobs * batch.mask)
-    assert not batch.mask.all()
-
-
-@pytest.mark.parametrize("count", [1, 3, 100])
-def test_predictor_trains_on_a_sub_sample_of_each_response(count):
-    _, [batch], _ = old_slices(tiny_model(), tiny_settings(cached_positions=count))
-    lengths = batch.mask.sum(1)
-    assert torch.equal(batch.cached.sum(1), lengths.clamp(max=count))
-    assert not (batch.cached & ~batch.mask).any()
-    assert batch.inputs.shape == (2, int(batch.cached.sum()), 32)
-    assert batch.old_logits.shape == (2, int(batch.cached.sum()), 8)
-
-
-def test_cached_features_belong_to_the_cached_tokens():
-    _, [batch], _ = old_slices(tiny_model(), tiny_settings(cached_positions=2))
-    forward = {"attend": batch.attend, "replay": batch.replay, "keep_inputs": True}
-    _, trace = tiny_model()(batch.tokens[:, :-1], **forward)
-    close(batch.inputs, trace.inputs[:, :, 4:][:, batch.cached])
-    close(batch.old_logits, trace.logits[:, :, 4:][:, batch.cached])
-    assert not batch.inputs.requires_grad and not batch.old_logits.requires_grad
-
-
-def test_sub_sampling_leaves_the_policy_update_unchanged():
-    found = {}
-    for count in (0, 2):
-        model, config = randomise_predictor(tiny_model()), tiny_settings(cached_positions=count)
-        _, batches, _ = old_slices(model, config)
-        disturb(model)
-        found[count] = recorded_gradients(model, config, batches, i=2)
-    assert same_weights(of_policy(found[0]), of_policy(found[2]))
-    assert not same_weights(of_predictor(found[0]), of_predictor(found[2]))
-
-
-def test_mismatch_compares_the_two_engines():
-    config = tiny_settings(method="grpo", rollout_dtype="fp8")
-    rollout, [batch], [sums] = old_slices(tiny_model(), config)
-    width = batch.mask.shape[1]
-    gap = (rollout.logprobs[:, :width] - batch.old_logprobs)[batch.mask]
-    close(sums["mismatch_logprob"], gap.abs().sum())
-    route = rollout.experts[:, :, 4 : 4 + width][:, batch.mask]
-    differ = shared(route, batch.stale) < 2
-    assert differ.any()
-    close(sums["mismatch_route"], differ.float().mean(0).sum())
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_only_a_coarser_engine_differs_from_the_training_engine(precision):
-    metrics = run_step(tiny_model(), tiny_settings(method="grpo", rollout_dtype=precision))
-    if precision == "fp32":  # up to the roundings of the KV cache
-        assert metrics["mismatch_logprob"] < 1e-5 and metrics["mismatch_route"] < 0.01
-    else:
-        assert metrics["mismatch_logprob"] > 1e-3
-
-
-def test_rollout_uses_the_current_weights():
-    model, config = tiny_model(), tiny_settings(method="grpo")
-    engine = rollout_engine(model, "fp32")
-    disturb(model)
-    assert run_step(model, config, engine=engine)["mismatch_logprob"] < 1e-5
-
-
-def test_route_mismatch_of_pr2_compares_predicted_routes():
-    # Past the first layer the hidden states differ: the rollout weights experts by rho_hat.
-    model = randomise_predictor(tiny_model(num_hidden_layers=1))
-    _, [batch], [sums] = old_slices(model, tiny_settings())
-    assert (shared(batch.reference, batch.stale) < 2).any()
-    assert sums["mismatch_route"] == 0
-
-
-def test_entropy_is_that_of_the_sampled_tokens():
-    _, [batch], [sums] = old_slices(tiny_model(), tiny_settings())
-    close(sums["entropy"], -batch.old_logprobs[batch.mask].sum())
-
-
-def test_drift_of_a_hand_computed_example():
-    rho = torch.tensor([0.2] * 4 + [0.05] * 4)  # the router wants experts 0..3
-    routes = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4], [5, 0, 4, 1], [4, 5, 6, 0]])
-    perfect, wrong = torch.tensor([3, 2, 1, 0]).expand(4, 4), torch.arange(4, 8).expand(4, 4)
-    batch = Slice(*[None] * len(Slice._fields))._replace(
-        reference=torch.stack([routes, perfect]), stale=torch.stack([wrong, perfect])
-    )
-    found = drift(batch, rho.log().expand(2, 4, 8))
-    expected = {  # sums over four tokens of means over two layers
-        "agreement": (1 + 0.75 + 0.5 + 0.25 + 4) / 2,
-        "stale_agreement": 4 / 2,
-        "no_deviation": (1 + 4) / 2,
-        "stale_no_deviation": 4 / 2,
-        "deviations_1": 1 / 2,
-        "deviations_2": 1 / 2,
-        "deviations_3_or_more": 1 / 2,
-        "coverage_gap": (0.2 + 0.35 + 0.5 + 0.65 + 4 * 0.2) / 2,
-    }
-    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)
-
-
-def test_policy_gradient_is_that_of_the_token_mean_surrogate():
-    model, config = tiny_model(), tiny_settings(method="r3")
-    _, [batch], _ = old_slices(model, config)
-    disturb(model)
-    found = recorded_gradients(model, config, [batch], i=2)
-    model.zero_grad()
-    logits, _ = model(batch.tokens[:, :-1], attend=batch.attend, replay=batch.replay)
-    logprobs = logits[:, 4:].log_softmax(-1).gather(-1, batch.tokens[:, 5:, None]).squeeze(-1)
-    losses = ppo_loss(logprobs - batch.old_logprobs, batch.advantages, 0.2, 0.28)
-    losses[batch.mask].mean().backward()
-    for name, parameter in model.named_parameters():
-        if "predictor" not in name:
-            close(found[name], parameter.grad)
-
-
-def test_loss_is_the_mean_over_tokens_but_over_sequences_for_gspo():
-    model = tiny_model()
-    for method in ("grpo", "gspo"):
-        config = tiny_settings(method=method)
-        _, batches, _ = old_slices(model, config, size=4)
-        loss = rehearse(model, config, batches, i=1)[1]["loss"]
-        advantages = torch.cat([batch.advantages for batch in batches]).flatten()
-        lengths = torch.cat([batch.mask.sum(1) for batch in batches])
-        weight = lengths / lengths.sum() if method == "grpo" else torch.full((8,), 1 / 8)
-        assert loss == pytest.approx(-float((advantages * weight.to(DEVICE)).sum()), abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("method", "i", "m"),
-    [("pr2", 2, 1), ("pr2", 4, 1), ("pr2-h", 2, 1), ("pr2-h", 4, 3), ("pr2-cf", 4, 2.439)],
-)
-def test_prediction_is_compared_at_the_horizon_of_the_mini_step(method, i, m):
-    model, config = randomise_predictor(tiny_model()), tiny_settings(method=method)
-    _, [batch], _ = old_slices(model, config)
-    weight = torch.stack([block.moe.router.predictor.weight.clone() for block in model.blocks])
-    now = batch.old_logits  # unchanged, so the loss is what W_p predicts in vain
-    loss = predictor_loss(m * batch.inputs, batch.old_logits, now, weight) / batch.mask.sum()
-    optimizer = make_optimizer(model, config)
-    found = mini_step(model, optimizer, config, [batch], i, weight)["predictor_loss"]
-    assert found == pytest.approx(loss.item(), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("change", "sign", "low", "high"), [(-1, -1, 1, 0), (-1, 1, 0, 0), (1, 1, 0, 1), (1, -1, 0, 0)]
-)
-@pytest.mark.parametrize("method", ["grpo", "gspo"])
-def test_metrics_of_a_known_ratio(method, change, sign, low, high):
-    model, config = tiny_model(), tiny_settings(method=method)
-    _, [batch], _ = old_slices(model, config)
-    old = batch.old_logprobs - change * batch.mask  # log ratio = change at every token
-    batch = batch._replace(old_logprobs=old, advantages=torch.full_like(batch.advantages, sign))
-    metrics = rehearse(model, config, [batch], i=2)[1]
-    expected = {"clipfrac_low": low, "clipfrac_high": high, "log_ratio_mean": 1}
-    expected |= {"log_ratio_max": 1, "approx_kl": math.exp(change) - 1 - change}
-    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["post", "delta"])
-def test_policy_and_predictor_never_train_each_other(kind):
-    model, config = randomise_predictor(tiny_model()), tiny_settings(predictor_loss=kind)
-    _, [batch], _ = old_slices(model, config)
-    disturb(model)
-    with_predictor = recorded_gradients(model, config, [batch], i=2)
-    without = recorded_gradients(model, config, [batch], i=1)
-    assert not of_predictor(without) and len(of_predictor(with_predictor)) == 2
-    assert same_weights(of_policy(with_predictor), without)
-    silent = batch._replace(advantages=torch.zeros_like(batch.advantages))
-    silent = recorded_gradients(model, config, [silent], i=2)
-    assert all(gradient.eq(0).all() for gradient in of_policy(silent).values())
-    assert same_weights(of_predictor(silent), of_predictor(with_predictor))
-
-
-@pytest.mark.parametrize("kind", ["post", "delta"])
-def test_predictor_trains_on_the_mean_over_its_tokens(kind):
-    config = tiny_settings(predictor_loss=kind, cached_positions=3)
-    model = randomise_predictor(tiny_model())
-    _, [batch], _ = old_slices(model, config)
-    disturb(model)
-    found, metrics = rehearse(model, config, [batch], i=2)
-    forward = {"attend": batch.attend, "replay": batch.replay}
-    now = model(batch.tokens[:, :-1], **forward)[1].logits[:, :, 4:][:, batch.cached]
-    weights = [block.moe.router.predictor.weight for block in model.blocks]
-    given = batch.inputs, batch.old_logits, now, torch.stack(weights)
-    loss = predictor_loss(*given, kind) / batch.cached.sum()
-    assert metrics["predictor_loss"] == pytest.approx(loss.item(), rel=1e-4)
-    expected = torch.autograd.grad(loss, weights)
-    for one, other in zip(expected, of_predictor(found).values(), strict=True):
-        close(one, other)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_only_pr2_and_pr2_h_train_the_predictor_by_gradient(method):
-    model, config = randomise_predictor(tiny_model()), tiny_settings(method=method)
-    _, batches, _ = old_slices(model, config)
-    disturb(model)
-    found = recorded_gradients(model, config, batches, i=2)
-    assert bool(of_predictor(found)) == (method in ("pr2", "pr2-h"))
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("size", [2, 3])
-def test_micro_batches_add_up_to_one_batch(method, size):
-    model, config = randomise_predictor(tiny_model()), tiny_settings(method=method)
-    (_, one, _), (_, several, _) = old_slices(model, config), old_slices(model, config, size)
-    disturb(model)
-    together = recorded_gradients(model, config, one, i=2)
-    apart = recorded_gradients(model, config, several, i=2)
-    assert together.keys() == apart.keys() and len(several) > 2
-    for name, gradient in together.items():
-        # Sums over tokens in another order; rows of another length.
-        close(apart[name], gradient, tolerance=1e-5)
-    assert max(gradient.abs().max() for gradient in together.values()) > 0.01
-
-
-def test_gradients_left_over_from_elsewhere_do_not_enter_an_update():
-    model, config = tiny_model(), tiny_settings()
-    _, batches, _ = old_slices(model, config)
-    clean = recorded_gradients(model, config, batches, i=2)
-    model(some_prompts())[0].square().sum().backward()
-    assert same_weights(recorded_gradients(model, config, batches, i=2), clean)
-
-
-def test_policy_and_predictor_gradients_are_clipped_apart():
-    model, config = randomise_predictor(tiny_model()), tiny_settings(max_grad_norm=1e-3)
-    _, batches, _ = old_slices(model, config)
-    disturb(model)
-    found = recorded_gradients(model, config, batches, i=2)
-    for part in (of_policy(found), of_predictor(found)):
-        norm = sum(gradient.square().sum() for gradient in part.values()).sqrt()
-        assert float(norm) == pytest.approx(1e-3, rel=1e-2)
-
-
-@pytest.mark.parametrize("advantage", [math.nan, math.inf, 1e30], ids=["nan", "inf", "overflow"])
-def test_update_that_is_not_finite_is_skipped(advantage):
-    model, config = tiny_model(), tiny_settings()
-    _, batches, _ = old_slices(model, config, size=4)
-    bad = batches[0]._replace(advantages=torch.full_like(batches[0].advantages, advantage))
-    optimizer, before = make_optimizer(model, config), weights_of(model)
-    metrics = mini_step(model, optimizer, config, [bad, batches[1]], 2)
-    assert metrics["skipped"] == 1 and not optimizer.state
-    assert same_weights(before, model.state_dict())
-    assert mini_step(model, optimizer, config, batches, 2)["skipped"] == 0
-    assert not same_weights(before, model.state_dict())
-
-
-def test_predictor_loss_that_is_not_finite_skips_the_update():
-    model, config = tiny_model(), tiny_settings()
-    _, [batch], _ = old_slices(model, config)
-    optimizer, before = make_optimizer(model, config), weights_of(model)
-    batch = batch._replace(inputs=batch.inputs * math.nan)
-    assert mini_step(model, optimizer, config, [batch], 2)["skipped"] == 1
-    assert same_weights(before, model.state_dict())
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
-def test_ratio_is_exactly_one_at_the_first_mini_step(method, precision, padded):
-    config = tiny_settings(method=method, rollout_dtype=precision)
-    prompts = some_prompts() if padded else padded_batch(5, 5, 5, 5)[0]
-    metrics = run_step(randomise_predictor(tiny_model()), config, prompts)
-    assert metrics["log_ratio_max/1"] == 0 and metrics["approx_kl/1"] == 0
-    assert metrics["log_ratio_max/2"] > 0
-    assert metrics["clipfrac_low/1"] == metrics["clipfrac_high/1"] == 0
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_stale_route_agrees_entirely_at_the_first_mini_step(method):
-    config = tiny_settings(method=method, rollout_dtype="fp8")
-    metrics = run_step(randomise_predictor(tiny_model()), config)
-    assert metrics["stale_agreement/1"] == metrics["stale_no_deviation/1"] == 1
-    assert metrics["stale_agreement/2"] < 1
-    assert (metrics["agreement/1"] == 1) == (method == "r2")
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("predicting", ["pr2", "pr2-h"])
-def test_zero_predictor_makes_pr2_equal_r3(precision, predicting):
-    results = []
-    for method in (predicting, "r3"):
-        model = tiny_model()
-        config = tiny_settings(method=method, alpha=0.0, rollout_dtype=precision, epochs=2)
-        metrics = run_step(model, config)
-        ignored = ("seconds", "predictor_loss")
-        kept = {name: v for name, v in metrics.items() if not name.startswith(ignored)}
-        results.append((kept, weights_of(model)))
-    (pr2, pr2_weights), (r3, r3_weights) = results
-    assert pr2 == r3 and same_weights(pr2_weights, r3_weights)
-
-
-def test_learning_rate_of_the_predictor_does_not_touch_the_policy():
-    results = []
-    for alpha in (0.0, 1e3):
-        model = tiny_model()
-        run_step(model, tiny_settings(alpha=alpha))
-        results.append(model.state_dict())
-    assert same_weights(*map(of_policy, results)) and not same_weights(*map(of_predictor, results))
-
-
-def stepped_routers(steps=60):
-    """A model whose routers took steps on random gradients, and its optimizer."""
-    model, config = tiny_model(), tiny_settings(method="pr2-cf", learning_rate=1e-3)
-    optimizer = make_optimizer(model, config)
-    torch.manual_seed(0)
-    for _ in range(steps):
-        for block in model.blocks:
-            block.moe.router.weight.grad = torch.randn_like(block.moe.router.weight)
-        optimizer.step()
-    return model, config, optimizer
-
-
-def router_weights(model):
-    return torch.stack([block.moe.router.weight.detach() for block in model.blocks])
-
-
-@pytest.mark.parametrize("updates", [1, 3])
-def test_momentum_predicts_the_updates_that_follow_if_gradients_average_out(updates):
-    model, config, optimizer = stepped_routers()
-    V, before = aim(model, optimizer), router_weights(model)
-    for _ in range(updates):
-        for block in model.blocks:
-            block.moe.router.weight.grad = torch.zeros_like(block.moe.router.weight)
-        optimizer.step()
-    change = router_weights(model) - before
-    # Bias correction and the second moment move a little on the way: 1 % a step at 60 steps.
-    error = (horizon_after(updates, config) * V - change).norm() / change.norm()
-    assert error < 0.01 * updates
-
-
-def test_momentum_horizon_is_a_geometric_sum():
-    config = tiny_settings(method="pr2-cf", betas=(0.5, 0.999))
-    assert horizon_after(3, config) == pytest.approx(0.5 + 0.25 + 0.125)
-    assert horizon_after(0, config) == 0.0
-
-
-def test_fresh_optimizer_predicts_nothing():
-    model = tiny_model()
-    assert not aim(model, make_optimizer(model, tiny_settings(method="pr2-cf"))).any()
-    assert not any(block.moe.router.predictor.weight.any() for block in model.blocks)
-
-
-def gain_after(drift_of):
-    """The gain of the first layer once predictions b were followed by drift_of(b)."""
-    model, _, optimizer = stepped_routers()
-    V = aim(model, optimizer)
-    torch.manual_seed(1)
-    b = torch.randn(2, 4000, 32, device=DEVICE) @ V.mT
-    measure_gain(model, b, drift_of(b))
-    V = aim(model, optimizer)
-    weight = model.blocks[0].moe.router.predictor.weight.detach()
-    return float((weight * V[0]).sum() / V[0].square().sum())
-
-
-@pytest.mark.parametrize(("share", "gain"), [(1.0, 1.0), (0.5, 0.5), (2.0, 1.0), (-1.0, 0.0)])
-def test_gain_is_the_share_of_drift_that_came_as_predicted(share, gain):
-    shift = torch.randn(2, 4000, 1, device=DEVICE)  # of all the logits of a token: routes nobody
-    assert gain_after(lambda b: share * b + shift) == pytest.approx(gain, abs=1e-4)
-
-
-def test_gain_of_white_noise_is_near_zero():
-    assert gain_after(lambda b: b.std() * torch.randn_like(b)) < 0.05
-
-
-def test_gain_of_constant_velocity_is_high_and_prediction_then_agrees():
-    """A gradient that never changes: Adam moves the routers by the same step again and again."""
-    model, config = tiny_model(), tiny_settings(method="pr2-cf", learning_rate=1e-3)
-    optimizer, gradients = make_optimizer(model, config), None
-    torch.manual_seed(0)
-    gradients = torch.randn(2, 8, 32, device=DEVICE)
-    h = torch.randn(2, 2000, 32, device=DEVICE)
-    for step in range(80):
-        if step % 2 == 0:
-            V, before = aim(model, optimizer), router_weights(model)
-        for block, gradient in zip(model.blocks, gradients, strict=True):
-            block.moe.router.weight.grad = gradient.clone()
-        optimizer.step()
-        drift = h @ (router_weights(model) - before).mT
-        measure_gain(model, horizon_after(step % 2 + 1, config) * h @ V.mT, drift)
-    weight = torch.stack([block.moe.router.predictor.weight.detach() for block in model.blocks])
-    assert float((weight * V).sum() / V.square().sum()) >= 0.9
-    predicted = h @ (before + horizon_after(1, config) * weight).mT
-    for block, gradient in zip(model.blocks, gradients, strict=True):
-        block.moe.router.weight.grad = gradient.clone()
-    current = h @ (before + V).mT
-    agreement = shared(predicted.topk(2).indices, current.topk(2).indices).float().mean() / 2
-    assert float(agreement) > 0.999
-
-
-def test_gain_belongs_to_the_checkpoint():
-    model = stepped_routers()[0]
-    b = torch.randn(2, 50, 8, device=DEVICE)
-    measure_gain(model, b, 0.5 * b)
-    resumed = tiny_model()
-    resumed.load_state_dict(model.state_dict())
-    for block, other in zip(model.blocks, resumed.blocks, strict=True):
-        assert block.moe.router.gain.any()
-        assert torch.equal(block.moe.router.gain, other.moe.router.gain)
-
-
-def test_gain_zero_is_replay_without_prediction():
-    """pr2-cf whose gain stays 0 makes the same update as r3, to the bit."""
-    results = []
-    for method in ("r3", "pr2-cf"):
-        model = tiny_model()
-        run_step(model, tiny_settings(method=method, mini_steps=4))
-        results.append(model.state_dict())
-    named = [{k: v for k, v in state.items() if "gain" not in k} for state in results]
-    assert same_weights(*named)
-
-
-def test_closed_form_predictor_needs_no_learning_rate():
-    results = []
-    for alpha in (0.0, 1e3):
-        model = tiny_model()
-        config = tiny_settings(method="pr2-cf", alpha=alpha, mini_steps=4, learning_rate=1e-3)
-        optimizer = make_optimizer(model, config)
-        for _ in range(3):
-            run_step(model, config, optimizer=optimizer)
-        results.append(model.state_dict())
-    assert same_weights(*results)
-    assert any(value.any() for value in of_predictor(results[0]).values())
-
-
-@pytest.mark.parametrize("mini_steps", [1, 2])
-def test_predictor_is_skipped_at_the_first_mini_step(mini_steps):
-    model = tiny_model()
-    config = tiny_settings(mini_steps=mini_steps)
-    optimizer, before = make_optimizer(model, config), weights_of(model)
-    metrics = run_step(model, config, optimizer=optimizer)
-    predictors = [block.moe.router.predictor.weight for block in model.blocks]
-    trained = mini_steps == 2
-    assert same_weights(of_predictor(before), of_predictor(model.state_dict())) != trained
-    assert all((weight in optimizer.state) == trained for weight in predictors)
-    assert "predictor_loss/1" not in metrics and ("predictor_loss/2" in metrics) == trained
-
-
-def test_mini_step_index_counts_on_through_the_epochs():
-    metrics = run_step(tiny_model(), tiny_settings(mini_steps=2, epochs=2))
-    assert {name for name in metrics if name.startswith("agreement/")} == {
-        f"agreement/{i}" for i in (1, 2, 3, 4)
-    }
-    assert "predictor_loss/3" in metrics and metrics["log_ratio_max/3"] > 0
-
-
-def test_each_mini_step_trains_on_its_own_prompts():
-    def reward(rollout):  # no variance, so nothing to learn, for the first half of the prompts
-        return share_of_even_tokens(rollout) * (torch.arange(8, device=DEVICE) >= 4)
-
-    metrics = run_step(tiny_model(), tiny_settings(mini_steps=2, epochs=2), reward=reward)
-    assert metrics["grad_norm/1"] == 0 and metrics["grad_norm/2"] > 0
-    assert metrics["grad_norm/3"] == 0 and metrics["grad_norm/4"] > 0
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_micro_batches_change_an_rl_step_only_by_rounding(method):
-    models = [tiny_model(), tiny_model()]
-    for model, micro_batch in zip(models, (0, 3), strict=True):
-        config = tiny_settings(method=method, micro_batch=micro_batch, epochs=2)
-        run_step(model, config, optimizer=sgd(model))
-    before = weights_of(tiny_model())
-    assert not same_weights(before, models[0].state_dict())
-    for one, other in zip(*(model.parameters() for model in models), strict=True):
-        close(one, other, tolerance=1e-4)  # roundings, carried through four updates
-
-
-def test_same_seed_gives_the_same_rl_step():
-    models = [randomise_predictor(tiny_model()) for _ in range(2)]
-    for model in models:
-        run_step(model, tiny_settings(cached_positions=2, rollout_dtype="bf16"))
-    assert same_weights(*(model.state_dict() for model in models))
-
-
-def test_update_without_finite_rewards_is_skipped_and_counted():
-    model, before = tiny_model(), weights_of(tiny_model())
-    metrics = run_step(model, tiny_settings(), reward=lambda rollout: torch.full((8,), math.nan))
-    assert metrics["skipped"] == 2 and metrics["skipped/1"] == metrics["skipped/2"] == 1
-    assert same_weights(before, model.state_dict())
-
-
-def test_plain_metric_is_the_mean_over_mini_steps_or_the_largest_ratio():
-    metrics = run_step(tiny_model(), tiny_settings(mini_steps=4, epochs=2))
-    for name in ("loss", "agreement", "approx_kl", "grad_norm"):
-        values = [metrics[f"{name}/{i}"] for i in range(1, 9)]
-        assert metrics[name] == pytest.approx(sum(values) / 8)
-    assert metrics["log_ratio_max"] == max(metrics[f"log_ratio_max/{i}"] for i in range(1, 9))
-
-
-def test_reward_and_length_are_means_over_responses():
-    seen = []
-
-    def reward(rollout):
-        seen.append(rollout)
-        return torch.arange(8.0)
-
-    metrics = run_step(tiny_model(), tiny_settings(), reward=reward)
-    assert metrics["reward"] == 3.5
-    assert metrics["response_length"] == float(seen[0].attend[:, 5:].sum(1).float().mean())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_diagnostic_is_measured(method):
-    metrics = run_step(tiny_model(), tiny_settings(method=method))
-    once = "reward response_length entropy mismatch_logprob mismatch_route"
-    once += " seconds_rollout seconds_old_logprobs seconds_update"
-    each = "loss clipfrac_low clipfrac_high approx_kl log_ratio_mean log_ratio_max grad_norm"
-    each += " skipped agreement stale_agreement no_deviation stale_no_deviation coverage_gap"
-    each += " deviations_1 deviations_2 deviations_3_or_more"
-    expected = set(once.split()) | set(each.split())
-    expected |= {f"{name}/{i}" for name in each.split() for i in (1, 2)}
-    expected |= {"predictor_loss", "predictor_loss/2"} if method.startswith("pr2") else set()
-    assert set(metrics) == expected
-    assert all(type(value) in (int, float) and math.isfinite(value) for value in metrics.values())
-
-
-# ------------------------------------------------------------------------------ 5. Toy task
-
-
-def draws(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize(
-    ("text", "reward"),
-    [
-        ("7+5+9=12,21.", 1.0),
-        ("7+5+9=13,21.", 1.0),  # only the final answer counts
-        ("7+5+9=12,22.", 0.0),
-        ("7+5+9=12,21", 0.0),  # no end
-        ("7+5+9=21.", 0.0),  # a running sum is missing
-        ("7+5+9=12,12,21.", 0.0),
-        ("7+5+9=,21.", 0.0),
-        ("7+5+9=12,21.3.", 0.0),
-        ("7+5+9=12,+21.", 0.0),
-        ("7+5+9=1=2,21.", 0.0),
-        ("7+5+9=", 0.0),
-    ],
-)
-def test_reward_is_for_a_right_answer_in_a_well_formed_response(text, reward):
-    assert AdditionTask().rewards([text]).tolist() == [reward]
-
-
-def test_padding_inside_a_response_earns_no_reward():
-    task = AdditionTask()
-    ids = task.encode(["7+5+9=1_2,21.", "7+5+9=12,21.", "7+5+9=12,21_."], 14)
-    assert task.rewards(task.decode(ids)).tolist() == [0.0, 1.0, 0.0]
-
-
-@pytest.mark.parametrize("left", [True, False])
-def test_decoding_undoes_encoding(left):
-    task, texts = AdditionTask(), ["7+5+9=", "12,21.", "0123456789"]
-    ids = task.encode(texts, 12, left=left)
-    assert ids.shape == (3, 12) and ids.dtype == torch.int64
-    assert (ids[:, 0 if left else -1] == task.pad).all()
-    assert task.decode(ids) == texts
-
-
-def test_pad_and_end_are_the_characters_that_say_so():
-    task = AdditionTask()
-    assert task.encode(["_."], 2).tolist() == [[task.pad, task.eos]]
-
-
-@pytest.mark.parametrize(("operands", "largest"), [(3, 9), (2, 20), (4, 120)])
-def test_problems_are_sums_of_the_numbers_asked_for(operands, largest):
-    problems = AdditionTask(operands, largest).problems(300, draws())
-    assert len(problems) == 300 and all(text.endswith("=") for text in problems)
-    numbers = [[int(number) for number in text[:-1].split("+")] for text in problems]
-    assert all(len(row) == operands for row in numbers)
-    assert {0, largest} <= {number for row in numbers for number in row} <= set(range(largest + 1))
-
-
-@pytest.mark.parametrize(("operands", "largest"), [(3, 9), (2, 20), (4, 120)])
-def test_longest_problem_and_solution_have_the_stated_lengths(operands, largest):
-    task = AdditionTask(operands, largest)
-    longest = "+".join([str(largest)] * operands) + "="
-    assert len(longest) == task.prompt_length
-    assert len(task.solve(longest, 0.0, draws())) == task.response_length
-
-
-def test_slips_still_fit_the_response():
-    task = AdditionTask(3, 33)  # 33 + 33 + 33 = 99, but two slips make it 101
-    answers = [task.solve("33+33+33=", 1.0, draws(seed)) for seed in range(20)]
-    assert "101" in "".join(answers) and max(map(len, answers)) <= task.response_length
-
-
-def test_solution_shows_the_running_sums():
-    assert AdditionTask().solve("7+5+9=", 0.0, draws()) == "12,21."
-
-
-@pytest.mark.parametrize(("operands", "largest"), [(3, 9), (2, 20), (4, 120)])
-def test_held_out_prompts_never_occur_in_training(operands, largest):
-    task = AdditionTask(operands, largest)
-    training = set(task.problems(3000, draws(0)))
-    held_out = set(task.problems(500, draws(1), held_out=True))
-    assert training and held_out and not training & held_out
-
-
-def test_an_eighth_of_the_prompts_is_held_out():
-    task = AdditionTask()
-    sizes = [len(set(task.problems(8000, draws(), held_out=part))) for part in (True, False)]
-    assert sum(sizes) == 1000  # every problem there is
-    assert sizes[0] / 1000 == pytest.approx(1 / 8, abs=0.03)
-
-
-def test_same_seed_gives_the_same_problems():
-    task = AdditionTask()
-    one, same, other = (task.problems(20, draws(seed)) for seed in (0, 0, 1))
-    assert one == same != other
-
-
-def solved(task, slip, count=1000):
-    generator, problems = draws(1), task.problems(count, draws())
-    return float(task.rewards([p + task.solve(p, slip, generator) for p in problems]).mean())
-
-
-def test_solution_without_slips_is_always_right():
-    assert solved(AdditionTask(3, 9), 0.0) == 1
-
-
-def test_slips_make_solutions_wrong():
-    # One slip of one sum: wrong but where 0 + 0 slips down and stops at 0.
-    assert solved(AdditionTask(2, 20), 1.0) < 0.02
-    assert solved(AdditionTask(2, 20), 0.25) == pytest.approx(0.75, abs=0.07)  # five sigma
-
-
-@pytest.mark.parametrize(("operands", "largest"), [(1, 999), (2, 8), (3, 0)])
-def test_too_small_a_task_is_refused(operands, largest):
-    with pytest.raises(ValueError, match="too few"):
-        AdditionTask(operands, largest)
-
-
-# ------------------------------------------------------------------------ 1b. Real checkpoints
+# ---------------------------------------------------------------------- 2. Real checkpoints
 
 EXTRAS = "pip install transformers safetensors numpy"
 
@@ -2379,6 +1222,1163 @@ def test_folded_folder_loads_here_without_a_predictor(tmp_path):
 def test_fold_that_is_no_number_is_refused(tmp_path):
     with pytest.raises(ValueError, match="fold_predictor is inf"):
         tiny().save_pretrained(tmp_path / "folded", fold_predictor=math.inf)
+
+
+# -------------------------------------------------------------------------------- 3. Rollout
+
+
+def sample(model, prompts, new=10, seed=0, **options):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    options = {"eos": EOS, "pad": PAD, "generator": generator} | options
+    return generate(model, prompts, new, **options)
+
+
+def some_prompts():
+    return padded_batch(5, 3, 4, 2)[0]
+
+
+@torch.no_grad()
+def full_forward(model, rollout, horizon=None):
+    """The finished tokens in one forward pass."""
+    tokens, attend = rollout.tokens[:, :-1], rollout.attend[:, :-1]
+    return model(tokens, attend=attend, horizon=horizon, keep_inputs=True)
+
+
+@pytest.mark.parametrize("horizon", [None, 1.0])
+def test_rollout_routes_are_those_of_a_full_forward(horizon):
+    model = randomise_predictor(tiny_model())
+    rollout = sample(model, some_prompts(), samples=4, horizon=horizon)
+    _, trace = full_forward(model, rollout, horizon)
+    scores = trace.logits
+    if horizon is not None:
+        predictors = [block.moe.router.predictor.weight for block in model.blocks]
+        change = [F.linear(h, w) for h, w in zip(trace.inputs, predictors, strict=True)]
+        scores = scores + torch.stack(change)
+    _, second, third = scores.softmax(-1).topk(3).values.unbind(-1)
+    live = rollout.attend[:, :-1] & rollout.attend[:, 1:]
+    clear = live & (second - third > 1e-5)  # a tie may fall either way
+    assert clear.sum() > 0.9 * 2 * live.sum()
+    assert (shared(rollout.experts, trace.experts)[clear] == 2).all()
+
+
+@pytest.mark.parametrize(("temperature", "scale"), [(1.0, 1.0), (0.7, 0.7), (0, 1.0)])
+def test_rollout_logprobs_are_those_of_a_full_forward(temperature, scale):
+    model, new = tiny_model(), 10
+    rollout = sample(model, some_prompts(), new, samples=4, temperature=temperature)
+    logprobs = (full_forward(model, rollout)[0][:, -new:] / scale).log_softmax(-1)
+    expected = logprobs.gather(-1, rollout.tokens[:, -new:, None]).squeeze(-1)
+    close(rollout.logprobs, expected * rollout.attend[:, -new:])
+
+
+def test_greedy_rollout_takes_the_likeliest_token():
+    model, new = tiny_model(), 10
+    rollout = sample(model, some_prompts(), new, temperature=0, eos=-1)
+    likeliest = full_forward(model, rollout)[0][:, -new:].argmax(-1)
+    assert torch.equal(rollout.tokens[:, -new:], likeliest)
+    again = sample(model, some_prompts(), new, seed=1, temperature=0, eos=-1)
+    assert torch.equal(rollout.tokens, again.tokens)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+@torch.no_grad()
+def test_samples_follow_the_softmax_at_the_temperature(temperature):
+    model, (prompt, _), count = tiny_model(), padded_batch(5), 10_000
+    drawn = sample(model, prompt, 1, samples=count, temperature=temperature).tokens[:, -1]
+    p = (model(prompt)[0][0, -1] / temperature).softmax(-1)
+    share = drawn.bincount(minlength=20) / count
+    assert ((share - p).abs() < 5 * (p * (1 - p) / count).sqrt()).all()  # five sigma
+
+
+def test_same_seed_gives_the_same_rollout():
+    model = tiny_model()
+    one, same, other = (sample(model, some_prompts(), samples=2, seed=s) for s in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one[:4], same[:4], strict=True))
+    assert not torch.equal(one.tokens, other.tokens)
+
+
+def test_rollout_has_the_promised_shapes():
+    rollout = sample(tiny_model(), some_prompts(), 10, samples=3)
+    assert rollout.prompt_length == 5 and rollout.tokens.shape == rollout.attend.shape == (12, 15)
+    assert rollout.logprobs.shape == (12, 10) and rollout.logprobs.dtype == torch.float32
+    assert rollout.experts.shape == (2, 12, 14, 2) and rollout.experts.dtype == torch.uint8
+
+
+def test_samples_are_prompt_major():
+    prompts = some_prompts()
+    rollout = sample(tiny_model(), prompts, samples=3)
+    assert torch.equal(rollout.tokens[:, :5], prompts.repeat_interleave(3, 0))
+    assert torch.equal(rollout.attend[:, :5], (prompts != PAD).repeat_interleave(3, 0))
+
+
+def test_response_attends_up_to_and_including_its_end_token():
+    rollout = sample(tiny_model(), some_prompts(), samples=8)
+    ends = (rollout.tokens[:, 5:] == EOS).long()
+    before = ends.cumsum(1) - ends == 0
+    assert torch.equal(rollout.attend[:, 5:], before)
+    assert 0 < ends.sum() < len(ends)
+
+
+def test_after_the_end_there_is_only_padding():
+    rollout = sample(tiny_model(), some_prompts(), samples=8)
+    after = ~rollout.attend[:, 5:]
+    assert after.any()
+    assert (rollout.tokens[:, 5:][after] == PAD).all() and (rollout.logprobs[after] == 0).all()
+    # The route of the end token belongs to no response token either.
+    routes = rollout.experts[:, :, 4:][:, after]
+    assert torch.equal(routes, torch.tensor([0, 1], device=DEVICE).expand_as(routes))
+
+
+def test_negative_end_token_never_stops():
+    rollout = sample(tiny_model(), some_prompts(), samples=8, eos=-1)
+    assert rollout.attend[:, 5:].all() and (rollout.tokens[:, 5:-1] == EOS).any()
+    assert (rollout.logprobs < 0).all()
+
+
+def test_finished_responses_do_not_change_the_others():
+    model, prompts = randomise_predictor(tiny_model()), padded_batch(*range(2, 10))[0]
+    horizon = torch.linspace(0, 2, 8, device=DEVICE)
+    options = {"temperature": 0, "horizon": horizon}
+    endless = sample(model, prompts, eos=-1, **options)
+    response = endless.tokens[:, 9:]
+    emitted = torch.tensor([(response[:, :6] == t).any(1).sum() for t in range(20)])
+    eos = int((emitted - 4).abs().argmin())  # a token that about half of the responses contain
+    stopped = sample(model, prompts, eos=eos, **options)
+    live = stopped.attend
+    assert 2 <= emitted[eos] <= 6 and torch.equal(stopped.tokens[live], endless.tokens[live])
+    close(stopped.logprobs, endless.logprobs * live[:, 9:])
+    live = live[:, 1:]
+    assert torch.equal(stopped.experts[:, live], endless.experts[:, live])
+
+
+def test_left_padded_prompts_are_answered_like_unpadded_ones():
+    model, prompts = tiny_model(), some_prompts()
+    padded = sample(model, prompts, temperature=0)
+    for row, prompt in enumerate(prompts):
+        alone = sample(model, prompt[None, prompt != PAD], temperature=0)
+        assert torch.equal(alone.tokens[0, -10:], padded.tokens[row, -10:])
+
+
+def test_only_leading_pads_are_padding():
+    prompts = some_prompts()
+    prompts[0, 2] = PAD
+    assert sample(tiny_model(), prompts).attend[0, :5].all()
+
+
+def test_each_prompt_has_its_own_horizon():
+    model, prompts = randomise_predictor(tiny_model()), some_prompts()
+    horizon, options = torch.tensor([0.0, 1.0, 2.0, 3.0], device=DEVICE), {"temperature": 0}
+    together = sample(model, prompts, samples=2, horizon=horizon, **options)
+    for row, m in enumerate(horizon.repeat_interleave(2)):
+        alone = sample(model, prompts[[row // 2]], horizon=float(m), **options)
+        assert torch.equal(together.tokens[row], alone.tokens[0])
+        assert torch.equal(together.experts[:, row], alone.experts[:, 0])
+
+
+def test_one_new_token_is_possible():
+    rollout = sample(tiny_model(), some_prompts(), 1)
+    assert rollout.tokens.shape == (4, 6) and rollout.experts.shape == (2, 4, 5, 2)
+    assert rollout.attend[:, -1].all() and (rollout.logprobs < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("new", "options", "message"),
+    [
+        (10, {"temperature": -1.0}, "temperature is -1"),
+        (0, {}, "max_new_tokens 0"),
+        (10, {"samples": 0}, "samples 0"),
+    ],
+)
+def test_impossible_rollout_is_refused(new, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(tiny_model(), some_prompts(), new, **options)
+
+
+def test_prompt_longer_than_the_context_is_refused():
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        sample(tiny_model(max_position_embeddings=4), some_prompts())
+
+
+def synchronised(model, precision):
+    engine = rollout_engine(model, precision)
+    synchronise(engine, model, precision)
+    return engine
+
+
+def test_fp32_engine_holds_the_same_bits():
+    model = tiny_model()
+    engine = rollout_engine(model, "fp32")
+    disturb(model)
+    assert not same_weights(engine.state_dict(), model.state_dict())
+    synchronise(engine, model, "fp32")
+    assert same_weights(engine.state_dict(), model.state_dict())
+
+
+def test_bf16_engine_rounds_all_but_the_router():
+    model = randomise_predictor(tiny_model())
+    for name, weight in synchronised(model, "bf16").state_dict().items():
+        precise = ".router." in name
+        expected = model.state_dict()[name].to(torch.float32 if precise else torch.bfloat16)
+        assert torch.equal(weight, expected) and weight.dtype == expected.dtype
+
+
+def test_fp8_engine_rounds_experts_and_projections_only():
+    # Wide rows, since a narrow one has few levels anyway.
+    wide = {"hidden_size": 512, "head_dim": 512, "num_attention_heads": 1, "num_key_value_heads": 1}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 512}
+    model = randomise_predictor(tiny_model(num_hidden_layers=1, **wide, **experts))
+    coarse, fine = synchronised(model, "fp8"), synchronised(model, "bf16").state_dict()
+    for name, weight in coarse.state_dict().items():
+        if any(part in name for part in ("qkv", "attention.out", "gate_up", "down")):
+            levels = [len(row.unique()) for row in weight.flatten(0, -2)[:8]]
+            assert max(levels) <= 256 < len(fine[name].flatten(0, -2)[0].unique())
+            # Half a step of three mantissa bits, the bfloat16 rounding, and subnormals.
+            largest = fine[name].abs().amax(-1, keepdim=True)
+            assert ((weight - fine[name]).abs() <= fine[name].abs() / 15 + largest / 2**17).all()
+        else:
+            assert torch.equal(weight, fine[name]), name
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_engine_is_a_copy_without_gradients(precision):
+    model = tiny_model()
+    engine, before = synchronised(model, precision), weights_of(synchronised(model, precision))
+    disturb(model)
+    assert same_weights(engine.state_dict(), before)
+    assert not any(parameter.requires_grad for parameter in engine.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# --------------------------------------------------------------------------------- 4. Losses
+
+
+def test_group_advantages_of_a_hand_computed_example():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+    # Unbiased deviations: sqrt((0.75^2 + 3 * 0.25^2) / 3) = 1/2 and sqrt(4 * 0.5^2 / 3) = sqrt(1/3)
+    half = 0.75**0.5
+    expected = torch.tensor([[1.5, -0.5, -0.5, -0.5], [half, half, -half, -half]])
+    close(group_advantages(rewards), expected)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.7])  # the mean of eight 0.7 is not 0.7 in float32
+def test_group_without_variance_has_no_advantage(reward):
+    assert torch.equal(group_advantages(torch.full((2, 8), reward)), torch.zeros(2, 8))
+
+
+def test_single_response_has_no_advantage():
+    assert torch.equal(group_advantages(torch.ones(3, 1)), torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.5, 2.0, -2.56, 0.0),  # risen past 1.28 and still wanted: clipped
+        (0.5, 2.0, -1.0, -2.0),  # fallen though wanted: pulled back
+        (0.5, -2.0, 1.6, 0.0),  # fallen past 0.8 and still unwanted: clipped
+        (1.5, -2.0, 3.0, 2.0),  # risen though unwanted: pulled back
+    ],
+)
+def test_ppo_loss_clips_only_what_went_far_enough(ratio, advantage, loss, slope):
+    log_ratio = torch.tensor(math.log(ratio), requires_grad=True)
+    found = ppo_loss(log_ratio, torch.tensor(advantage), 0.2, 0.28)
+    found.backward()
+    close(found.detach(), torch.tensor(loss))
+    close(log_ratio.grad, torch.tensor(slope * ratio))  # d ratio / d log ratio = ratio
+
+
+def test_sequence_log_ratio_is_the_mean_over_the_response():
+    log_ratio = torch.tensor([[0.1, 0.3, 0.2], [0.4, -0.2, 9.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    close(sequence_log_ratio(log_ratio, mask), torch.tensor([[0.2], [0.1]]))
+
+
+def test_gspo_clips_whole_sequences():
+    # The first sequence's mean is past the clip, though one of its tokens is not; and the reverse.
+    log_ratio = torch.tensor([[0.0, 0.002], [0.0006, -0.0004]], requires_grad=True)
+    sequences = sequence_log_ratio(log_ratio, torch.ones(2, 2, dtype=torch.bool))
+    loss = ppo_loss(sequences, torch.ones(2, 1), 3e-4, 4e-4)
+    loss.sum().backward()
+    close(loss.detach(), -torch.tensor([[1.0004], [math.exp(0.0001)]]), tolerance=1e-7)
+    close(log_ratio.grad, -torch.tensor([[0.0, 0.0], [0.5, 0.5]]), tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "prediction"),
+    # b = h W_p = (ln 3, 0), p_old = (0, ln 3), p = (ln 3, 0)
+    [("post", (3 / 4, 1 / 4), (1 / 2, 1 / 2)), ("delta", (9 / 10, 1 / 10), (3 / 4, 1 / 4))],
+)
+def test_predictor_loss_of_a_hand_computed_example(kind, target, prediction):
+    inputs, weight = torch.tensor([[[2.0]]]), torch.tensor([[[math.log(3) / 2], [0.0]]])
+    old_logits, logits = torch.tensor([[[0.0, math.log(3)]]]), torch.tensor([[[math.log(3), 0.0]]])
+    expected = sum(t * math.log(t / p) for t, p in zip(target, prediction, strict=True))
+    close(predictor_loss(inputs, old_logits, logits, weight, kind), torch.tensor(expected))
+
+
+def random_drift(layers=2, tokens=5, dtype=torch.float64):
+    """inputs, old_logits, logits and weight of a predictor loss."""
+    torch.manual_seed(0)
+    shapes = ((layers, tokens, 4), (layers, tokens, 8), (layers, tokens, 8), (layers, 8, 4))
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("kind", ["post", "delta"])
+def test_predictor_gradient_equals_finite_differences(kind):
+    *given, weight = random_drift()
+    weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: predictor_loss(*given, w, kind), weight)
+
+
+@pytest.mark.parametrize("kind", ["post", "delta"])
+def test_predictor_loss_adds_up_over_layers_and_tokens(kind):
+    inputs, old_logits, logits, weight = random_drift()
+    parts = [
+        predictor_loss(*(t[[l]][:, [n]] for t in (inputs, old_logits, logits)), weight[[l]], kind)
+        for l in range(2)
+        for n in range(5)
+    ]
+    close(predictor_loss(inputs, old_logits, logits, weight, kind), sum(parts))
+
+
+@pytest.mark.parametrize("kind", ["post", "delta"])
+def test_predictor_loss_leaves_the_current_router_alone(kind):
+    inputs, old_logits, logits, weight = random_drift()
+    logits.requires_grad_()
+    weight.requires_grad_()
+    predictor_loss(inputs, old_logits, logits, weight, kind).backward()
+    assert logits.grad is None and weight.grad.ne(0).any()
+
+
+@pytest.mark.parametrize("kind", ["post", "delta"])
+def test_zero_predictor_without_drift_has_no_loss(kind):
+    inputs, old_logits, _, weight = random_drift()
+    weight = torch.zeros_like(weight, requires_grad=True)
+    loss = predictor_loss(inputs, old_logits, old_logits, weight, kind)
+    loss.backward()
+    assert loss.abs() < 1e-12 and weight.grad.abs().max() < 1e-12  # roundings of a float64 softmax
+
+
+def test_load_balancing_loss_is_one_when_the_load_is_even():
+    experts = torch.arange(8, dtype=torch.uint8).view(1, 2, 2, 2).expand(3, 2, 2, 2)
+    close(load_balancing_loss(experts, torch.zeros(3, 2, 2, 8)), torch.tensor(1.0))
+
+
+def test_load_balancing_loss_is_the_number_of_experts_when_one_takes_all():
+    experts, logits = torch.full((1, 4, 1), 3), torch.full((1, 4, 8), -50.0)
+    logits[..., 3] = 50.0
+    close(load_balancing_loss(experts, logits), torch.tensor(8.0))
+
+
+# --------------------------------------------------------- 5. One RL step and what it measures
+
+
+def tiny_settings(**changes):
+    sizes = {"prompts": 4, "samples": 2, "max_new_tokens": 10, "eos": EOS, "pad": PAD}
+    return RLConfig(**sizes | {"learning_rate": 1e-2, "max_grad_norm": 1e9} | changes)
+
+
+def share_of_even_tokens(rollout):
+    """A reward that differs within a group."""
+    return (rollout.tokens[:, rollout.prompt_length :] % 2 == 0).float().mean(1)
+
+
+def run_step(model, config, prompts=None, reward=share_of_even_tokens, optimizer=None, engine=None):
+    return rl_step(
+        model,
+        engine or rollout_engine(model, config.rollout_dtype),
+        optimizer or make_optimizer(model, config),
+        config,
+        some_prompts() if prompts is None else prompts,
+        reward,
+        generator=torch.Generator(DEVICE).manual_seed(0),
+    )
+
+
+def sgd(model):
+    """Adam would turn the rounding of a zero gradient into a full step."""
+    groups = make_optimizer(model, tiny_settings()).param_groups
+    return torch.optim.SGD([{"params": group["params"]} for group in groups], lr=0.1)
+
+
+def roll_out(model, config):
+    engine = synchronised(model, config.rollout_dtype)
+    horizon = 1.0 if config.method.startswith("pr2") else None
+    return sample(engine, some_prompts(), config.max_new_tokens, samples=2, horizon=horizon)
+
+
+def old_slices(model, config, size=8):
+    """A rollout of eight responses, and its old pass in micro-batches."""
+    rollout, generator = roll_out(model, config), torch.Generator(DEVICE).manual_seed(0)
+    advantages = torch.linspace(-1, 1.5, 8, device=DEVICE)[:, None]
+    given = rollout, advantages, torch.full_like(advantages, config.method.startswith("pr2"))
+    rows = [slice(start, min(start + size, 8)) for start in range(0, 8, size)]
+    passes = [old_pass(model, config, *given, r, generator) for r in rows]
+    return rollout, [batch for batch, _ in passes], [sums for _, sums in passes]
+
+
+def rehearse(model, config, batches, i):
+    """The gradients, by name, that mini-step i hands to the optimizer; and its metrics."""
+    optimizer, found = make_optimizer(model, config), {}
+
+    def record():
+        named = model.named_parameters()
+        found.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    optimizer.step = record
+    V = aim(model, optimizer) if config.method == "pr2-cf" else None
+    return found, mini_step(model, optimizer, config, batches, i, V)
+
+
+def recorded_gradients(model, config, batches, i):
+    return rehearse(model, config, batches, i)[0]
+
+
+def of_predictor(found):
+    return {name: gradient for name, gradient in found.items() if "predictor" in name}
+
+
+def of_policy(found):
+    return {name: gradient for name, gradient in found.items() if "predictor" not in name}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "ppo"}, 'method is "ppo"'),
+        ({"rollout_dtype": "int4"}, 'rollout_dtype is "int4"'),
+        ({"predictor_loss": "pre"}, 'predictor_loss is "pre"'),
+        ({"mini_steps": 8}, "mini_steps 8 is larger than the 4 prompts"),
+        ({"mini_steps": 3}, "4 prompts do not divide into 3"),
+        ({"mini_steps": 0}, "mini_steps is 0"),
+        ({"learning_rate": -1e-4}, "learning_rate is -0.0001"),
+        ({"alpha": math.nan}, "alpha is nan"),
+        ({"temperature": 0.0}, "temperature is 0"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "clip"), [("grpo", (0.2, 0.28)), ("pr2", (0.2, 0.28)), ("gspo", (3e-4, 4e-4))]
+)
+def test_each_method_has_its_own_clip(method, clip):
+    assert tiny_settings(method=method).clip == clip
+    assert tiny_settings(method=method, clip=(0.1, 0.3)).clip == (0.1, 0.3)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_every_parameter_is_in_exactly_one_optimizer_group(tie):
+    model = tiny_model(tie_word_embeddings=tie)
+    groups = make_optimizer(model, tiny_settings()).param_groups
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+    assert all(group["weight_decay"] == 0 for group in groups)
+
+
+def test_predictor_and_router_have_their_own_learning_rates():
+    model = tiny_model()
+    special = {"alpha": 7.0, "router_multiplier": 5.0, "predictor_beta1": 0.25}
+    config = tiny_settings(learning_rate=0.5, betas=(0.8, 0.9), **special)
+    groups = make_optimizer(model, config).param_groups
+    found = {id(p): (group["lr"], group["betas"]) for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        expected = (0.5, (0.8, 0.9))
+        if "router.weight" in name:
+            expected = (2.5, (0.8, 0.9))
+        if "predictor" in name:
+            expected = (3.5, (0.25, 0.9))
+        assert found[id(parameter)] == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_on_its_own_route(method):
+    config = tiny_settings(method=method, rollout_dtype="fp8")
+    model = randomise_predictor(tiny_model())
+    rollout, [batch], _ = old_slices(model, config)
+    rolled = rollout.experts[:, :, : batch.tokens.shape[1] - 1]
+    own = model(batch.tokens[:, :-1], attend=batch.attend)[1].experts
+    assert not torch.equal(rolled, own)
+    expected = {"grpo": None, "gspo": None, "r2": own}.get(method, rolled)
+    assert batch.replay is expected is None or torch.equal(batch.replay, expected)
+    at_tokens = (rolled if expected is None else expected)[:, :, 4:][:, batch.mask]
+    assert torch.equal(batch.reference, at_tokens)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_old_pass_replays_the_rollout_for_r3_and_pr2(method):
+    config = tiny_settings(method=method, rollout_dtype="fp8")
+    model = randomise_predictor(tiny_model())
+    rollout, [batch], _ = old_slices(model, config)
+    rolled = rollout.experts[:, :, : batch.tokens.shape[1] - 1]
+    replay = None if method in ("grpo", "gspo", "r2") else rolled
+    # Without a horizon: in training the predictor is off.
+    logits, trace = model(batch.tokens[:, :-1], attend=batch.attend, replay=replay)
+    logprobs = logits[:, 4:].log_softmax(-1).gather(-1, batch.tokens[:, 5:, None]).squeeze(-1)
+    close(batch.old_logprobs, logprobs * batch.mask)
+    assert torch.equal(batch.stale.long(), trace.logits[:, :, 4:][:, batch.mask].topk(2).indices)
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "horizon"),
+    [
+        *((method, 1, None) for method in ("grpo", "gspo", "r2", "r3")),
+        ("pr2", 1, [1.0, 1.0, 1.0, 1.0]),
+        ("pr2", 2, [1.0, 1.0, 1.0, 1.0]),
+        ("pr2-h", 1, [0.0, 0.0, 1.0, 1.0]),  # updates made before the prompt's mini-step
+        ("pr2-h", 2, [1.0, 1.0, 2.0, 2.0]),  # means of 0 and 2, of 1 and 3
+        ("pr2-cf", 1, [0.0, 0.0, 0.9, 0.9]),  # steps of momentum with beta1 = 0.9
+    ],
+)
+def test_each_method_rolls_out_at_its_own_horizon(method, epochs, horizon):
+    config, seen = tiny_settings(method=method, epochs=epochs), []
+    model = randomise_predictor(tiny_model())
+    given = None if horizon is None else torch.tensor(horizon, device=DEVICE)
+    expected = sample(model, some_prompts(), 10, samples=2, horizon=given)
+    engine, generator = rollout_engine(model, "fp32"), torch.Generator(DEVICE).manual_seed(0)
+    reward = lambda rollout: seen.append(rollout) or torch.zeros(8)  # noqa: E731
+    collect(model, engine, config, some_prompts(), reward, generator)
+    assert torch.equal(seen[0].tokens, expected.tokens)
+    assert torch.equal(seen[0].experts, expected.experts)
+
+
+def test_old_pass_cuts_after_the_longest_response():
+    rollout, slices, _ = old_slices(tiny_model(), tiny_settings(), size=1)
+    lengths = rollout.attend[:, 5:].sum(1).tolist()
+    assert [batch.mask.shape[1] for batch in slices] == lengths and len(set(lengths)) > 1
+    assert all(batch.mask.all() and batch.old_logprobs.all() for batch in slices)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_old_logprobs_are_taken_at_the_sampling_temperature(temperature):
+    config = tiny_settings(method="grpo", temperature=temperature)
+    _, [batch], _ = old_slices(tiny_model(), config)
+    logits = tiny_model()(batch.tokens[:, :-1], attend=batch.attend)[0][:, 4:] / temperature
+    logprobs = logits.log_softmax(-1).gather(-1, batch.tokens[:, 5:, None]).squeeze(-1)
+    close(batch.old_logprobs, logprobs * batch.mask)
+    assert not batch.mask.all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_predictor_trains_on_a_sub_sample_of_each_response(count):
+    _, [batch], _ = old_slices(tiny_model(), tiny_settings(cached_positions=count))
+    lengths = batch.mask.sum(1)
+    assert torch.equal(batch.cached.sum(1), lengths.clamp(max=count))
+    assert not (batch.cached & ~batch.mask).any()
+    assert batch.inputs.shape == (2, int(batch.cached.sum()), 32)
+    assert batch.old_logits.shape == (2, int(batch.cached.sum()), 8)
+
+
+def test_cached_features_belong_to_the_cached_tokens():
+    _, [batch], _ = old_slices(tiny_model(), tiny_settings(cached_positions=2))
+    forward = {"attend": batch.attend, "replay": batch.replay, "keep_inputs": True}
+    _, trace = tiny_model()(batch.tokens[:, :-1], **forward)
+    close(batch.inputs, trace.inputs[:, :, 4:][:, batch.cached])
+    close(batch.old_logits, trace.logits[:, :, 4:][:, batch.cached])
+    assert not batch.inputs.requires_grad and not batch.old_logits.requires_grad
+
+
+def test_sub_sampling_leaves_the_policy_update_unchanged():
+    found = {}
+    for count in (0, 2):
+        model, config = randomise_predictor(tiny_model()), tiny_settings(cached_positions=count)
+        _, batches, _ = old_slices(model, config)
+        disturb(model)
+        found[count] = recorded_gradients(model, config, batches, i=2)
+    assert same_weights(of_policy(found[0]), of_policy(found[2]))
+    assert not same_weights(of_predictor(found[0]), of_predictor(found[2]))
+
+
+def test_mismatch_compares_the_two_engines():
+    config = tiny_settings(method="grpo", rollout_dtype="fp8")
+    rollout, [batch], [sums] = old_slices(tiny_model(), config)
+    width = batch.mask.shape[1]
+    gap = (rollout.logprobs[:, :width] - batch.old_logprobs)[batch.mask]
+    close(sums["mismatch_logprob"], gap.abs().sum())
+    route = rollout.experts[:, :, 4 : 4 + width][:, batch.mask]
+    differ = shared(route, batch.stale) < 2
+    assert differ.any()
+    close(sums["mismatch_route"], differ.float().mean(0).sum())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_only_a_coarser_engine_differs_from_the_training_engine(precision):
+    metrics = run_step(tiny_model(), tiny_settings(method="grpo", rollout_dtype=precision))
+    if precision == "fp32":  # up to the roundings of the KV cache
+        assert metrics["mismatch_logprob"] < 1e-5 and metrics["mismatch_route"] < 0.01
+    else:
+        assert metrics["mismatch_logprob"] > 1e-3
+
+
+def test_rollout_uses_the_current_weights():
+    model, config = tiny_model(), tiny_settings(method="grpo")
+    engine = rollout_engine(model, "fp32")
+    disturb(model)
+    assert run_step(model, config, engine=engine)["mismatch_logprob"] < 1e-5
+
+
+def test_route_mismatch_of_pr2_compares_predicted_routes():
+    # Past the first layer the hidden states differ: the rollout weights experts by rho_hat.
+    model = randomise_predictor(tiny_model(num_hidden_layers=1))
+    _, [batch], [sums] = old_slices(model, tiny_settings())
+    assert (shared(batch.reference, batch.stale) < 2).any()
+    assert sums["mismatch_route"] == 0
+
+
+def test_entropy_is_that_of_the_sampled_tokens():
+    _, [batch], [sums] = old_slices(tiny_model(), tiny_settings())
+    close(sums["entropy"], -batch.old_logprobs[batch.mask].sum())
+
+
+def test_drift_of_a_hand_computed_example():
+    rho = torch.tensor([0.2] * 4 + [0.05] * 4)  # the router wants experts 0..3
+    routes = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4], [5, 0, 4, 1], [4, 5, 6, 0]])
+    perfect, wrong = torch.tensor([3, 2, 1, 0]).expand(4, 4), torch.arange(4, 8).expand(4, 4)
+    batch = Slice(*[None] * len(Slice._fields))._replace(
+        reference=torch.stack([routes, perfect]), stale=torch.stack([wrong, perfect])
+    )
+    found = drift(batch, rho.log().expand(2, 4, 8))
+    expected = {  # sums over four tokens of means over two layers
+        "agreement": (1 + 0.75 + 0.5 + 0.25 + 4) / 2,
+        "stale_agreement": 4 / 2,
+        "no_deviation": (1 + 4) / 2,
+        "stale_no_deviation": 4 / 2,
+        "deviations_1": 1 / 2,
+        "deviations_2": 1 / 2,
+        "deviations_3_or_more": 1 / 2,
+        "coverage_gap": (0.2 + 0.35 + 0.5 + 0.65 + 4 * 0.2) / 2,
+    }
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)
+
+
+def test_policy_gradient_is_that_of_the_token_mean_surrogate():
+    model, config = tiny_model(), tiny_settings(method="r3")
+    _, [batch], _ = old_slices(model, config)
+    disturb(model)
+    found = recorded_gradients(model, config, [batch], i=2)
+    model.zero_grad()
+    logits, _ = model(batch.tokens[:, :-1], attend=batch.attend, replay=batch.replay)
+    logprobs = logits[:, 4:].log_softmax(-1).gather(-1, batch.tokens[:, 5:, None]).squeeze(-1)
+    losses = ppo_loss(logprobs - batch.old_logprobs, batch.advantages, 0.2, 0.28)
+    losses[batch.mask].mean().backward()
+    for name, parameter in model.named_parameters():
+        if "predictor" not in name:
+            close(found[name], parameter.grad)
+
+
+def test_loss_is_the_mean_over_tokens_but_over_sequences_for_gspo():
+    model = tiny_model()
+    for method in ("grpo", "gspo"):
+        config = tiny_settings(method=method)
+        _, batches, _ = old_slices(model, config, size=4)
+        loss = rehearse(model, config, batches, i=1)[1]["loss"]
+        advantages = torch.cat([batch.advantages for batch in batches]).flatten()
+        lengths = torch.cat([batch.mask.sum(1) for batch in batches])
+        weight = lengths / lengths.sum() if method == "grpo" else torch.full((8,), 1 / 8)
+        assert loss == pytest.approx(-float((advantages * weight.to(DEVICE)).sum()), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "i", "m"),
+    [("pr2", 2, 1), ("pr2", 4, 1), ("pr2-h", 2, 1), ("pr2-h", 4, 3), ("pr2-cf", 4, 2.439)],
+)
+def test_prediction_is_compared_at_the_horizon_of_the_mini_step(method, i, m):
+    model, config = randomise_predictor(tiny_model()), tiny_settings(method=method)
+    _, [batch], _ = old_slices(model, config)
+    weight = torch.stack([block.moe.router.predictor.weight.clone() for block in model.blocks])
+    now = batch.old_logits  # unchanged, so the loss is what W_p predicts in vain
+    loss = predictor_loss(m * batch.inputs, batch.old_logits, now, weight) / batch.mask.sum()
+    optimizer = make_optimizer(model, config)
+    found = mini_step(model, optimizer, config, [batch], i, weight)["predictor_loss"]
+    assert found == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "sign", "low", "high"), [(-1, -1, 1, 0), (-1, 1, 0, 0), (1, 1, 0, 1), (1, -1, 0, 0)]
+)
+@pytest.mark.parametrize("method", ["grpo", "gspo"])
+def test_metrics_of_a_known_ratio(method, change, sign, low, high):
+    model, config = tiny_model(), tiny_settings(method=method)
+    _, [batch], _ = old_slices(model, config)
+    old = batch.old_logprobs - change * batch.mask  # log ratio = change at every token
+    batch = batch._replace(old_logprobs=old, advantages=torch.full_like(batch.advantages, sign))
+    metrics = rehearse(model, config, [batch], i=2)[1]
+    expected = {"clipfrac_low": low, "clipfrac_high": high, "log_ratio_mean": 1}
+    expected |= {"log_ratio_max": 1, "approx_kl": math.exp(change) - 1 - change}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["post", "delta"])
+def test_policy_and_predictor_never_train_each_other(kind):
+    model, config = randomise_predictor(tiny_model()), tiny_settings(predictor_loss=kind)
+    _, [batch], _ = old_slices(model, config)
+    disturb(model)
+    with_predictor = recorded_gradients(model, config, [batch], i=2)
+    without = recorded_gradients(model, config, [batch], i=1)
+    assert not of_predictor(without) and len(of_predictor(with_predictor)) == 2
+    assert same_weights(of_policy(with_predictor), without)
+    silent = batch._replace(advantages=torch.zeros_like(batch.advantages))
+    silent = recorded_gradients(model, config, [silent], i=2)
+    assert all(gradient.eq(0).all() for gradient in of_policy(silent).values())
+    assert same_weights(of_predictor(silent), of_predictor(with_predictor))
+
+
+@pytest.mark.parametrize("kind", ["post", "delta"])
+def test_predictor_trains_on_the_mean_over_its_tokens(kind):
+    config = tiny_settings(predictor_loss=kind, cached_positions=3)
+    model = randomise_predictor(tiny_model())
+    _, [batch], _ = old_slices(model, config)
+    disturb(model)
+    found, metrics = rehearse(model, config, [batch], i=2)
+    forward = {"attend": batch.attend, "replay": batch.replay}
+    now = model(batch.tokens[:, :-1], **forward)[1].logits[:, :, 4:][:, batch.cached]
+    weights = [block.moe.router.predictor.weight for block in model.blocks]
+    given = batch.inputs, batch.old_logits, now, torch.stack(weights)
+    loss = predictor_loss(*given, kind) / batch.cached.sum()
+    assert metrics["predictor_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    expected = torch.autograd.grad(loss, weights)
+    for one, other in zip(expected, of_predictor(found).values(), strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_pr2_and_pr2_h_train_the_predictor_by_gradient(method):
+    model, config = randomise_predictor(tiny_model()), tiny_settings(method=method)
+    _, batches, _ = old_slices(model, config)
+    disturb(model)
+    found = recorded_gradients(model, config, batches, i=2)
+    assert bool(of_predictor(found)) == (method in ("pr2", "pr2-h"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [2, 3])
+def test_micro_batches_add_up_to_one_batch(method, size):
+    model, config = randomise_predictor(tiny_model()), tiny_settings(method=method)
+    (_, one, _), (_, several, _) = old_slices(model, config), old_slices(model, config, size)
+    disturb(model)
+    together = recorded_gradients(model, config, one, i=2)
+    apart = recorded_gradients(model, config, several, i=2)
+    assert together.keys() == apart.keys() and len(several) > 2
+    for name, gradient in together.items():
+        # Sums over tokens in another order; rows of another length.
+        close(apart[name], gradient, tolerance=1e-5)
+    assert max(gradient.abs().max() for gradient in together.values()) > 0.01
+
+
+def test_gradients_left_over_from_elsewhere_do_not_enter_an_update():
+    model, config = tiny_model(), tiny_settings()
+    _, batches, _ = old_slices(model, config)
+    clean = recorded_gradients(model, config, batches, i=2)
+    model(some_prompts())[0].square().sum().backward()
+    assert same_weights(recorded_gradients(model, config, batches, i=2), clean)
+
+
+def test_policy_and_predictor_gradients_are_clipped_apart():
+    model, config = randomise_predictor(tiny_model()), tiny_settings(max_grad_norm=1e-3)
+    _, batches, _ = old_slices(model, config)
+    disturb(model)
+    found = recorded_gradients(model, config, batches, i=2)
+    for part in (of_policy(found), of_predictor(found)):
+        norm = sum(gradient.square().sum() for gradient in part.values()).sqrt()
+        assert float(norm) == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("advantage", [math.nan, math.inf, 1e30], ids=["nan", "inf", "overflow"])
+def test_update_that_is_not_finite_is_skipped(advantage):
+    model, config = tiny_model(), tiny_settings()
+    _, batches, _ = old_slices(model, config, size=4)
+    bad = batches[0]._replace(advantages=torch.full_like(batches[0].advantages, advantage))
+    optimizer, before = make_optimizer(model, config), weights_of(model)
+    metrics = mini_step(model, optimizer, config, [bad, batches[1]], 2)
+    assert metrics["skipped"] == 1 and not optimizer.state
+    assert same_weights(before, model.state_dict())
+    assert mini_step(model, optimizer, config, batches, 2)["skipped"] == 0
+    assert not same_weights(before, model.state_dict())
+
+
+def test_predictor_loss_that_is_not_finite_skips_the_update():
+    model, config = tiny_model(), tiny_settings()
+    _, [batch], _ = old_slices(model, config)
+    optimizer, before = make_optimizer(model, config), weights_of(model)
+    batch = batch._replace(inputs=batch.inputs * math.nan)
+    assert mini_step(model, optimizer, config, [batch], 2)["skipped"] == 1
+    assert same_weights(before, model.state_dict())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
+def test_ratio_is_exactly_one_at_the_first_mini_step(method, precision, padded):
+    config = tiny_settings(method=method, rollout_dtype=precision)
+    prompts = some_prompts() if padded else padded_batch(5, 5, 5, 5)[0]
+    metrics = run_step(randomise_predictor(tiny_model()), config, prompts)
+    assert metrics["log_ratio_max/1"] == 0 and metrics["approx_kl/1"] == 0
+    assert metrics["log_ratio_max/2"] > 0
+    assert metrics["clipfrac_low/1"] == metrics["clipfrac_high/1"] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stale_route_agrees_entirely_at_the_first_mini_step(method):
+    config = tiny_settings(method=method, rollout_dtype="fp8")
+    metrics = run_step(randomise_predictor(tiny_model()), config)
+    assert metrics["stale_agreement/1"] == metrics["stale_no_deviation/1"] == 1
+    assert metrics["stale_agreement/2"] < 1
+    assert (metrics["agreement/1"] == 1) == (method == "r2")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("predicting", ["pr2", "pr2-h"])
+def test_zero_predictor_makes_pr2_equal_r3(precision, predicting):
+    results = []
+    for method in (predicting, "r3"):
+        model = tiny_model()
+        config = tiny_settings(method=method, alpha=0.0, rollout_dtype=precision, epochs=2)
+        metrics = run_step(model, config)
+        ignored = ("seconds", "predictor_loss")
+        kept = {name: v for name, v in metrics.items() if not name.startswith(ignored)}
+        results.append((kept, weights_of(model)))
+    (pr2, pr2_weights), (r3, r3_weights) = results
+    assert pr2 == r3 and same_weights(pr2_weights, r3_weights)
+
+
+def test_learning_rate_of_the_predictor_does_not_touch_the_policy():
+    results = []
+    for alpha in (0.0, 1e3):
+        model = tiny_model()
+        run_step(model, tiny_settings(alpha=alpha))
+        results.append(model.state_dict())
+    assert same_weights(*map(of_policy, results)) and not same_weights(*map(of_predictor, results))
+
+
+def stepped_routers(steps=60):
+    """A model whose routers took steps on random gradients, and its optimizer."""
+    model, config = tiny_model(), tiny_settings(method="pr2-cf", learning_rate=1e-3)
+    optimizer = make_optimizer(model, config)
+    torch.manual_seed(0)
+    for _ in range(steps):
+        for block in model.blocks:
+            block.moe.router.weight.grad = torch.randn_like(block.moe.router.weight)
+        optimizer.step()
+    return model, config, optimizer
+
+
+def router_weights(model):
+    return torch.stack([block.moe.router.weight.detach() for block in model.blocks])
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_momentum_predicts_the_updates_that_follow_if_gradients_average_out(updates):
+    model, config, optimizer = stepped_routers()
+    V, before = aim(model, optimizer), router_weights(model)
+    for _ in range(updates):
+        for block in model.blocks:
+            block.moe.router.weight.grad = torch.zeros_like(block.moe.router.weight)
+        optimizer.step()
+    change = router_weights(model) - before
+    # Bias correction and the second moment move a little on the way: 1 % a step at 60 steps.
+    error = (horizon_after(updates, config) * V - change).norm() / change.norm()
+    assert error < 0.01 * updates
+
+
+def test_momentum_horizon_is_a_geometric_sum():
+    config = tiny_settings(method="pr2-cf", betas=(0.5, 0.999))
+    assert horizon_after(3, config) == pytest.approx(0.5 + 0.25 + 0.125)
+    assert horizon_after(0, config) == 0.0
+
+
+def test_fresh_optimizer_predicts_nothing():
+    model = tiny_model()
+    assert not aim(model, make_optimizer(model, tiny_settings(method="pr2-cf"))).any()
+    assert not any(block.moe.router.predictor.weight.any() for block in model.blocks)
+
+
+def gain_after(drift_of):
+    """The gain of the first layer once predictions b were followed by drift_of(b)."""
+    model, _, optimizer = stepped_routers()
+    V = aim(model, optimizer)
+    torch.manual_seed(1)
+    b = torch.randn(2, 4000, 32, device=DEVICE) @ V.mT
+    measure_gain(model, b, drift_of(b))
+    V = aim(model, optimizer)
+    weight = model.blocks[0].moe.router.predictor.weight.detach()
+    return float((weight * V[0]).sum() / V[0].square().sum())
+
+
+@pytest.mark.parametrize(("share", "gain"), [(1.0, 1.0), (0.5, 0.5), (2.0, 1.0), (-1.0, 0.0)])
+def test_gain_is_the_share_of_drift_that_came_as_predicted(share, gain):
+    shift = torch.randn(2, 4000, 1, device=DEVICE)  # of all the logits of a token: routes nobody
+    assert gain_after(lambda b: share * b + shift) == pytest.approx(gain, abs=1e-4)
+
+
+def test_gain_of_white_noise_is_near_zero():
+    assert gain_after(lambda b: b.std() * torch.randn_like(b)) < 0.05
+
+
+def test_gain_of_constant_velocity_is_high_and_prediction_then_agrees():
+    """A gradient that never changes: Adam moves the routers by the same step again and again."""
+    model, config = tiny_model(), tiny_settings(method="pr2-cf", learning_rate=1e-3)
+    optimizer, gradients = make_optimizer(model, config), None
+    torch.manual_seed(0)
+    gradients = torch.randn(2, 8, 32, device=DEVICE)
+    h = torch.randn(2, 2000, 32, device=DEVICE)
+    for step in range(80):
+        if step % 2 == 0:
+            V, before = aim(model, optimizer), router_weights(model)
+        for block, gradient in zip(model.blocks, gradients, strict=True):
+            block.moe.router.weight.grad = gradient.clone()
+        optimizer.step()
+        drift = h @ (router_weights(model) - before).mT
+        measure_gain(model, horizon_after(step % 2 + 1, config) * h @ V.mT, drift)
+    weight = torch.stack([block.moe.router.predictor.weight.detach() for block in model.blocks])
+    assert float((weight * V).sum() / V.square().sum()) >= 0.9
+    predicted = h @ (before + horizon_after(1, config) * weight).mT
+    for block, gradient in zip(model.blocks, gradients, strict=True):
+        block.moe.router.weight.grad = gradient.clone()
+    current = h @ (before + V).mT
+    agreement = shared(predicted.topk(2).indices, current.topk(2).indices).float().mean() / 2
+    assert float(agreement) > 0.999
+
+
+def test_gain_belongs_to_the_checkpoint():
+    model = stepped_routers()[0]
+    b = torch.randn(2, 50, 8, device=DEVICE)
+    measure_gain(model, b, 0.5 * b)
+    resumed = tiny_model()
+    resumed.load_state_dict(model.state_dict())
+    for block, other in zip(model.blocks, resumed.blocks, strict=True):
+        assert block.moe.router.gain.any()
+        assert torch.equal(block.moe.router.gain, other.moe.router.gain)
+
+
+def test_gain_zero_is_replay_without_prediction():
+    """pr2-cf whose gain stays 0 makes the same update as r3, to the bit."""
+    results = []
+    for method in ("r3", "pr2-cf"):
+        model = tiny_model()
+        run_step(model, tiny_settings(method=method, mini_steps=4))
+        results.append(model.state_dict())
+    named = [{k: v for k, v in state.items() if "gain" not in k} for state in results]
+    assert same_weights(*named)
+
+
+def test_closed_form_predictor_needs_no_learning_rate():
+    results = []
+    for alpha in (0.0, 1e3):
+        model = tiny_model()
+        config = tiny_settings(method="pr2-cf", alpha=alpha, mini_steps=4, learning_rate=1e-3)
+        optimizer = make_optimizer(model, config)
+        for _ in range(3):
+            run_step(model, config, optimizer=optimizer)
+        results.append(model.state_dict())
+    assert same_weights(*results)
+    assert any(value.any() for value in of_predictor(results[0]).values())
+
+
+@pytest.mark.parametrize("mini_steps", [1, 2])
+def test_predictor_is_skipped_at_the_first_mini_step(mini_steps):
+    model = tiny_model()
+    config = tiny_settings(mini_steps=mini_steps)
+    optimizer, before = make_optimizer(model, config), weights_of(model)
+    metrics = run_step(model, config, optimizer=optimizer)
+    predictors = [block.moe.router.predictor.weight for block in model.blocks]
+    trained = mini_steps == 2
+    assert same_weights(of_predictor(before), of_predictor(model.state_dict())) != trained
+    assert all((weight in optimizer.state) == trained for weight in predictors)
+    assert "predictor_loss/1" not in metrics and ("predictor_loss/2" in metrics) == trained
+
+
+def test_mini_step_index_counts_on_through_the_epochs():
+    metrics = run_step(tiny_model(), tiny_settings(mini_steps=2, epochs=2))
+    assert {name for name in metrics if name.startswith("agreement/")} == {
+        f"agreement/{i}" for i in (1, 2, 3, 4)
+    }
+    assert "predictor_loss/3" in metrics and metrics["log_ratio_max/3"] > 0
+
+
+def test_each_mini_step_trains_on_its_own_prompts():
+    def reward(rollout):  # no variance, so nothing to learn, for the first half of the prompts
+        return share_of_even_tokens(rollout) * (torch.arange(8, device=DEVICE) >= 4)
+
+    metrics = run_step(tiny_model(), tiny_settings(mini_steps=2, epochs=2), reward=reward)
+    assert metrics["grad_norm/1"] == 0 and metrics["grad_norm/2"] > 0
+    assert metrics["grad_norm/3"] == 0 and metrics["grad_norm/4"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_micro_batches_change_an_rl_step_only_by_rounding(method):
+    models = [tiny_model(), tiny_model()]
+    for model, micro_batch in zip(models, (0, 3), strict=True):
+        config = tiny_settings(method=method, micro_batch=micro_batch, epochs=2)
+        run_step(model, config, optimizer=sgd(model))
+    before = weights_of(tiny_model())
+    assert not same_weights(before, models[0].state_dict())
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        close(one, other, tolerance=1e-4)  # roundings, carried through four updates
+
+
+def test_same_seed_gives_the_same_rl_step():
+    models = [randomise_predictor(tiny_model()) for _ in range(2)]
+    for model in models:
+        run_step(model, tiny_settings(cached_positions=2, rollout_dtype="bf16"))
+    assert same_weights(*(model.state_dict() for model in models))
+
+
+def test_update_without_finite_rewards_is_skipped_and_counted():
+    model, before = tiny_model(), weights_of(tiny_model())
+    metrics = run_step(model, tiny_settings(), reward=lambda rollout: torch.full((8,), math.nan))
+    assert metrics["skipped"] == 2 and metrics["skipped/1"] == metrics["skipped/2"] == 1
+    assert same_weights(before, model.state_dict())
+
+
+def test_plain_metric_is_the_mean_over_mini_steps_or_the_largest_ratio():
+    metrics = run_step(tiny_model(), tiny_settings(mini_steps=4, epochs=2))
+    for name in ("loss", "agreement", "approx_kl", "grad_norm"):
+        values = [metrics[f"{name}/{i}"] for i in range(1, 9)]
+        assert metrics[name] == pytest.approx(sum(values) / 8)
+    assert metrics["log_ratio_max"] == max(metrics[f"log_ratio_max/{i}"] for i in range(1, 9))
+
+
+def test_reward_and_length_are_means_over_responses():
+    seen = []
+
+    def reward(rollout):
+        seen.append(rollout)
+        return torch.arange(8.0)
+
+    metrics = run_step(tiny_model(), tiny_settings(), reward=reward)
+    assert metrics["reward"] == 3.5
+    assert metrics["response_length"] == float(seen[0].attend[:, 5:].sum(1).float().mean())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_diagnostic_is_measured(method):
+    metrics = run_step(tiny_model(), tiny_settings(method=method))
+    once = "reward response_length entropy mismatch_logprob mismatch_route"
+    once += " seconds_rollout seconds_old_logprobs seconds_update"
+    each = "loss clipfrac_low clipfrac_high approx_kl log_ratio_mean log_ratio_max grad_norm"
+    each += " skipped agreement stale_agreement no_deviation stale_no_deviation coverage_gap"
+    each += " deviations_1 deviations_2 deviations_3_or_more"
+    expected = set(once.split()) | set(each.split())
+    expected |= {f"{name}/{i}" for name in each.split() for i in (1, 2)}
+    expected |= {"predictor_loss", "predictor_loss/2"} if method.startswith("pr2") else set()
+    assert set(metrics) == expected
+    assert all(type(value) in (int, float) and math.isfinite(value) for value in metrics.values())
+
+
+# ------------------------------------------------------------------------------ 6. Toy task
+
+
+def draws(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("7+5+9=12,21.", 1.0),
+        ("7+5+9=13,21.", 1.0),  # only the final answer counts
+        ("7+5+9=12,22.", 0.0),
+        ("7+5+9=12,21", 0.0),  # no end
+        ("7+5+9=21.", 0.0),  # a running sum is missing
+        ("7+5+9=12,12,21.", 0.0),
+        ("7+5+9=,21.", 0.0),
+        ("7+5+9=12,21.3.", 0.0),
+        ("7+5+9=12,+21.", 0.0),
+        ("7+5+9=1=2,21.", 0.0),
+        ("7+5+9=", 0.0),
+    ],
+)
+def test_reward_is_for_a_right_answer_in_a_well_formed_response(text, reward):
+    assert AdditionTask().rewards([text]).tolist() == [reward]
+
+
+def test_padding_inside_a_response_earns_no_reward():
+    task = AdditionTask()
+    ids = task.encode(["7+5+9=1_2,21.", "7+5+9=12,21.", "7+5+9=12,21_."], 14)
+    assert task.rewards(task.decode(ids)).tolist() == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_decoding_undoes_encoding(left):
+    task, texts = AdditionTask(), ["7+5+9=", "12,21.", "0123456789"]
+    ids = task.encode(texts, 12, left=left)
+    assert ids.shape == (3, 12) and ids.dtype == torch.int64
+    assert (ids[:, 0 if left else -1] == task.pad).all()
+    assert task.decode(ids) == texts
+
+
+def test_pad_and_end_are_the_characters_that_say_so():
+    task = AdditionTask()
+    assert task.encode(["_."], 2).tolist() == [[task.pad, task.eos]]
+
+
+@pytest.mark.parametrize(("operands", "largest"), [(3, 9), (2, 20), (4, 120)])
+def test_problems_are_sums_of_the_numbers_asked_for(operands, largest):
+    problems = AdditionTask(operands, largest).problems(300, draws())
+    assert len(problems) == 300 and all(text.endswith("=") for text in problems)
+    numbers = [[int(number) for number in text[:-1].split("+")] for text in problems]
+    assert all(len(row) == operands for row in numbers)
+    assert {0, largest} <= {number for row in numbers for number in row} <= set(range(largest + 1))
+
+
+@pytest.mark.parametrize(("operands", "largest"), [(3, 9), (2, 20), (4, 120)])
+def test_longest_problem_and_solution_have_the_stated_lengths(operands, largest):
+    task = AdditionTask(operands, largest)
+    longest = "+".join([str(largest)] * operands) + "="
+    assert len(longest) == task.prompt_length
+    assert len(task.solve(longest, 0.0, draws())) == task.response_length
+
+
+def test_slips_still_fit_the_response():
+    task = AdditionTask(3, 33)  # 33 + 33 + 33 = 99, but two slips make it 101
+    answers = [task.solve("33+33+33=", 1.0, draws(seed)) for seed in range(20)]
+    assert "101" in "".join(answers) and max(map(len, answers)) <= task.response_length
+
+
+def test_solution_shows_the_running_sums():
+    assert AdditionTask().solve("7+5+9=", 0.0, draws()) == "12,21."
+
+
+@pytest.mark.parametrize(("operands", "largest"), [(3, 9), (2, 20), (4, 120)])
+def test_held_out_prompts_never_occur_in_training(operands, largest):
+    task = AdditionTask(operands, largest)
+    training = set(task.problems(3000, draws(0)))
+    held_out = set(task.problems(500, draws(1), held_out=True))
+    assert training and held_out and not training & held_out
+
+
+def test_an_eighth_of_the_prompts_is_held_out():
+    task = AdditionTask()
+    sizes = [len(set(task.problems(8000, draws(), held_out=part))) for part in (True, False)]
+    assert sum(sizes) == 1000  # every problem there is
+    assert sizes[0] / 1000 == pytest.approx(1 / 8, abs=0.03)
+
+
+def test_same_seed_gives_the_same_problems():
+    task = AdditionTask()
+    one, same, other = (task.problems(20, draws(seed)) for seed in (0, 0, 1))
+    assert one == same != other
+
+
+def solved(task, slip, count=1000):
+    generator, problems = draws(1), task.problems(count, draws())
+    return float(task.rewards([p + task.solve(p, slip, generator) for p in problems]).mean())
+
+
+def test_solution_without_slips_is_always_right():
+    assert solved(AdditionTask(3, 9), 0.0) == 1
+
+
+def test_slips_make_solutions_wrong():
+    # One slip of one sum: wrong but where 0 + 0 slips down and stops at 0.
+    assert solved(AdditionTask(2, 20), 1.0) < 0.02
+    assert solved(AdditionTask(2, 20), 0.25) == pytest.approx(0.75, abs=0.07)  # five sigma
+
+
+@pytest.mark.parametrize(("operands", "largest"), [(1, 999), (2, 8), (3, 0)])
+def test_too_small_a_task_is_refused(operands, largest):
+    with pytest.raises(ValueError, match="too few"):
+        AdditionTask(operands, largest)
 
 
 # ------------------------------------------------------------------- train_toy.py, the command line
