@@ -600,7 +600,12 @@ def print_table(table: dict, seeds: int, base: str) -> None:
             )
             scale = 100 if name in kind else 1
             pairs = [(scale * columns[n][0], scale * columns[n][1]) for n in names]
-            cells.append(", ".join(f"{mean:.3g} ± {width:.1g}" for mean, width in pairs))
+            cells.append(
+                ", ".join(
+                    f"{mean:.3g}" + (f" ± {width:.1g}" if seeds > 1 else "")
+                    for mean, width in pairs
+                )
+            )
         print(f"| {variant} | " + " | ".join(cells) + " |")
 
 
