@@ -756,7 +756,7 @@ class Slice(NamedTuple):
     reference: Tensor  # (L, n, k), that route at the response tokens; without replay the rollout's
     stale: Tensor  # (L, n, k), top-k of p_old: what replay without prediction would have taken
     cached: Tensor  # (b, c) bool, a sub-sample of m tokens that train the predictor
-    inputs: Tensor  # (L, m, D), h_old at those tokens
+    inputs: Tensor | None  # (L, m, D), h_old at those tokens, of a method that predicts
     old_logits: Tensor  # (L, m, N), p_old at those tokens
 
 
@@ -791,17 +791,20 @@ def old_pass(model, config, rollout, advantages, horizon, rows, generator) -> tu
     recorded = rollout.experts[:, rows, :T]
     replay = recorded if config.predicts or config.method == "r3" else None
     forward = (tokens, attend, mask, config.temperature)
-    old, trace = response_logprobs(model, *forward, replay=replay, keep_inputs=True)
+    old, trace = response_logprobs(model, *forward, replay=replay, keep_inputs=config.predicts)
     replay = trace.experts if config.method == "r2" else replay
     # T_c: a uniform sub-sample of each response's tokens trains the predictor.
     draw = torch.rand(mask.shape, device=mask.device, generator=generator).masked_fill(~mask, 2.0)
     last = min(config.cached_positions or c, c) - 1
     cached = mask & (draw <= draw.sort(1).values[:, last, None])
-    inputs, p_old = at_response(trace.inputs, cached).float(), at_response(trace.logits, cached)
-    route, p, h = (at_response(t, mask) for t in (recorded, trace.logits, trace.inputs))
-    W_p = torch.stack([router.predictor.weight for router in model.routers])
-    b = horizon[rows].expand(mask.shape)[mask][:, None] * (h.float() @ W_p.mT)
-    own, stale = ((p + bias).topk(route.shape[-1]).indices.to(route.dtype) for bias in (b, 0))
+    route, p, inputs = at_response(recorded, mask), at_response(trace.logits, mask), None
+    own = stale = p.topk(route.shape[-1]).indices.to(route.dtype)
+    if config.predicts:
+        h, inputs = (at_response(trace.inputs, m).float() for m in (mask, cached))
+        W_p = torch.stack([router.predictor.weight for router in model.routers])
+        b = horizon[rows].expand(mask.shape)[mask][:, None] * (h @ W_p.mT)
+        own = (p + b).topk(route.shape[-1]).indices.to(route.dtype)
+    p_old = at_response(trace.logits, cached)
     sums = {
         "entropy": -old.sum(),  # of the sampled tokens, an unbiased estimate
         "mismatch_logprob": (rollout.logprobs[rows, :c] - old).abs().sum(),

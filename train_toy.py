@@ -461,7 +461,7 @@ def summarise(history: list[dict], config: RLConfig) -> None:
 
 # ------------------------------------------------------------------------ Comparison and figures
 
-VARIANTS = ["grpo", "gspo", "r2", "r3", "pr2", "pr2-h", "pr2-cf"]
+DEVIATIONS = ("1", "2", "3_or_more")
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 1 to 9
 
 
@@ -505,9 +505,6 @@ def summary(history: list[dict]) -> dict[str, float]:
     return columns | {"s/step": statistics.median(map(seconds, settled))}
 
 
-DEVIATIONS = ("1", "2", "3_or_more")
-
-
 def interval(values: list[float], base: list[float] | None) -> tuple[float, float]:
     """Mean over seeds, and half the 95 % interval of it or of its paired difference to `base`."""
     pairs = values if base is None else [a - b for a, b in zip(values, base, strict=True)]
@@ -518,7 +515,7 @@ def interval(values: list[float], base: list[float] | None) -> tuple[float, floa
 
 def compare(given: dict, variants: list[str]) -> int:
     """Trains every variant on every seed; writes the table, compare.json and the figure."""
-    variants = variants or VARIANTS
+    variants = variants or list(pr2_mini.METHODS)
     seeds, out = given.pop("seeds", FLAGS["seeds"][0]), Path(given.pop("out", "runs/compare"))
     expect(seeds > 0, f"--seeds is {seeds}; expected at least 1")
     expect(
@@ -703,9 +700,8 @@ def draw_comparison(histories: dict[str, list[list[dict]]], out: Path) -> None:
             rows = [row[name] for run in runs for row in run[10:] or run if row[name] is not None]
             return 100 * statistics.fmean(rows)
 
-        smooth = [
-            statistics.fmean(curve("reward")[max(0, i - 4) : i + 1]) for i in range(len(runs[0]))
-        ]
+        raw = curve("reward")
+        smooth = [statistics.fmean(raw[max(0, i - 4) : i + 1]) for i in range(len(raw))]
         reward.plot(range(1, len(smooth) + 1), smooth, **style)
         steps = [n.rpartition("/")[2] for n in runs[0][0] if n.startswith("no_deviation/")]
         x = [int(i) for i in steps]
