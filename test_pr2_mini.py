@@ -2761,8 +2761,8 @@ def test_summary_says_which_share_of_the_deviations_was_removed():
     row |= {f"seconds_{phase}": 0.0 for phase in pr2_mini.PHASES}
     row |= {"engine_agreement/1": 0.9, "engine_agreement/2": 0.8}
     found = train_toy.summary([row | {"agreement/1": 0.9, "agreement/2": 0.85}])
-    assert found["removed/2"] == pytest.approx(0.25)  # 15 of 20 deviations are left
-    assert found["excess_removed/2"] == pytest.approx(0.5)  # of the 10 that came after mini-step 1
+    assert found["removed/2"] == pytest.approx(25)  # 15 of 20 deviations are left
+    assert found["excess_removed/2"] == pytest.approx(50)  # of the 10 that came after mini-step 1
 
 
 def test_variants_start_from_the_same_base_and_prompts(compared):

@@ -483,9 +483,9 @@ def parse_variant(text: str) -> dict:
 
 
 def summary(history: list[dict]) -> dict[str, float]:
-    """One number per column, from one run. Of the deviating slots that the rollout engine's own
-    top-k would have had at mini-step i, "removed" is the share that prediction removed; in
-    "excess_removed", of those that it would not have had at mini-step 1 too."""
+    """One number per column, from one run; "name/i" belongs to mini-step i, in %. Of the deviating
+    slots that the rollout engine's own top-k would have had there, "removed" is the share that is
+    not there, "excess_removed" the same over those that are there at mini-step 1 already."""
     settled = history[10:] or history  # the learning rate rises over the first ten batches
     mean = {}
     for name in history[0]:
@@ -493,19 +493,18 @@ def summary(history: list[dict]) -> dict[str, float]:
         mean[name] = statistics.fmean(values) if values else math.nan
     columns = {"reward at the last rollout": history[-1]["reward"]}
     columns |= {"greedy accuracy": history[-1]["greedy_accuracy"]}
+    columns |= {n: 100 * mean[n] for n in mean if re.search("(agreement|deviation.*)/", n)}
+    for i in range(2, 1 + sum(name.startswith("agreement/") for name in mean)):
+        engine, first = columns[f"engine_agreement/{i}"], columns["engine_agreement/1"]
+        gained = columns[f"gained/{i}"] = columns[f"agreement/{i}"] - engine
+        for name, of in (("removed", 100 - engine), ("excess_removed", first - engine)):
+            columns[f"{name}/{i}"] = 100 * gained / of if of > 0 else math.nan
+    columns |= {"coverage gap": mean["coverage_gap"], "KL": mean["approx_kl"]}
     columns |= {"clipfrac": mean["clipfrac_low"] + mean["clipfrac_high"]}
     columns |= {"largest ratio": max(ratio(row["log_ratio_max"]) for row in settled)}
-    for name in ("coverage_gap", "approx_kl", "mismatch_logprob", "mismatch_route"):
-        columns[name] = mean[name]
+    columns |= {"mismatch": mean["mismatch_logprob"], "route mismatch": mean["mismatch_route"]}
     times = [sum(row[f"seconds_{phase}"] for phase in pr2_mini.PHASES) for row in settled]
-    columns["seconds per step"] = statistics.median(times)
-    columns |= {name: mean[name] for name in mean if re.search("(agreement|deviation.*)/", name)}
-    for i in range(2, 1 + sum(name.startswith("agreement/") for name in mean)):
-        engine, first = mean[f"engine_agreement/{i}"], mean["engine_agreement/1"]
-        gained = columns[f"gained/{i}"] = mean[f"agreement/{i}"] - engine
-        columns[f"removed/{i}"] = gained / (1 - engine) if engine < 1 else math.nan
-        columns[f"excess_removed/{i}"] = gained / (first - engine) if engine < first else math.nan
-    return columns
+    return columns | {"s/step": statistics.median(times)}
 
 
 def interval(values: list[float], base: list[float] | None) -> tuple[float, float]:
@@ -554,7 +553,8 @@ def compare(given: dict, variants: list[str]) -> int:
     for variant in variants:
         for name in columns[variant][0]:
             base = [run.get(name) for run in columns[variants[0]]]
-            paired = variant != variants[0] and None not in base and not is_gain(name)
+            own = name.startswith(("gained", "removed", "excess"))  # a difference in itself
+            paired = variant != variants[0] and None not in base and not own
             values = [run[name] for run in columns[variant]]
             table[variant][name] = interval(values, base if paired else None)
     result = {"flags": given, "seeds": seeds, "table": table, "runs": columns}
@@ -566,43 +566,21 @@ def compare(given: dict, variants: list[str]) -> int:
     return 0
 
 
-def is_gain(name: str) -> bool:
-    """Columns that compare a run with its own counterfactual already."""
-    return name.startswith(("gained/", "removed/", "excess_removed/"))
-
-
-TITLES = {  # of the printed columns, and the names in compare.json; "name/i" is mini-step i
-    "reward at the last rollout": "reward at the last rollout",
-    "greedy accuracy": "greedy accuracy",
-    "no deviation, %": "no_deviation",
-    "(stale replay), %": "stale_no_deviation",
-    "deviating slots removed, %": "removed",
-    "of the excess, %": "excess_removed",
-    "coverage gap": "coverage_gap",
-    "clipfrac": "clipfrac",
-    "largest ratio": "largest ratio",
-    "KL": "approx_kl",
-    "mismatch": "mismatch_logprob",
-    "route mismatch, %": "mismatch_route",
-    "s/step": "seconds per step",
-}
-
-
 def print_table(table: dict, seeds: int) -> None:
     """A Markdown table: mean ± half a 95 % interval."""
     print(
-        f"\n{seeds} seeds; ± is half the 95 % interval, of the paired difference to the first row"
+        f"\n{seeds} seeds; ± is half the 95 % interval of the paired difference to the first row;"
     )
-    print("where there is one, but of the mean itself for the removed deviations")
-    print("| variant | " + " | ".join(TITLES) + " |\n|" + " --- |" * (len(TITLES) + 1))
+    print("in the first row, and for removed deviations, of the mean. By mini-step: in %.")
+    names = [name.partition("/")[0] for columns in table.values() for name in columns]
+    shown = [n for n in dict.fromkeys(names) if not re.search("agreement|engine|ions_|gained", n)]
+    print("| variant | " + " | ".join(shown) + " |\n|" + " --- |" * (len(shown) + 1))
     for variant, columns in table.items():
-        cells = []
-        for title, kind in TITLES.items():
-            pairs = [pair for name, pair in columns.items() if name.partition("/")[0] == kind]
-            scale = 100 if "%" in title else 1
-            cell = [(f"{scale * mean:.3g}", f" ± {scale * width:.2g}") for mean, width in pairs]
-            cells.append(", ".join(mean + (width if seeds > 1 else "") for mean, width in cell))
-        print(f"| {variant} | " + " | ".join(cells) + " |")
+        cells = {name: [] for name in shown}
+        for name, (mean, width) in columns.items():
+            cell = f"{mean:.3g}" + (f" ± {width:.2g}" if seeds > 1 else "")
+            cells.get(name.partition("/")[0], []).append(cell)
+        print(f"| {variant} | " + " | ".join(map(", ".join, cells.values())) + " |")
 
 
 def pyplot():
@@ -670,7 +648,7 @@ def draw_comparison(table: dict, histories: dict[str, list[list[dict]]], out: Pa
     figure, axes = plot.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
     (reward, agreement), (largest, bars) = axes
     for number, (variant, runs) in enumerate(histories.items()):
-        percent = {name: 100 * mean for name, (mean, _) in table[variant].items()}
+        mean = {name: value for name, (value, _) in table[variant].items()}
         style = {"color": COLOURS[number % 8], "linestyle": "-" if number < 8 else "--"}
         marker = style | {"marker": "osv^DPX*"[number % 8], "markersize": 5}
         batches = list(zip(*runs, strict=True))  # the rows of all seeds
@@ -679,22 +657,23 @@ def draw_comparison(table: dict, histories: dict[str, list[list[dict]]], out: Pa
         reward.plot(range(1, 1 + len(smooth)), smooth, **style)
         peaks = [max(ratio(row["log_ratio_max"]) for row in rows) for rows in batches]
         largest.semilogy(range(1, 1 + len(peaks)), peaks, **style)
-        x = range(1, 1 + sum(name.startswith("agreement/") for name in percent))
-        agreement.plot(x, [percent[f"no_deviation/{i}"] for i in x], **marker)
-        engine = [percent[f"engine_no_deviation/{i}"] for i in x]
+        x = range(1, 1 + sum(name.startswith("agreement/") for name in mean))
+        agreement.plot(x, [mean[f"no_deviation/{i}"] for i in x], **marker)
+        engine = [mean[f"engine_no_deviation/{i}"] for i in x]
         agreement.plot(x, engine, ":", color=style["color"], linewidth=1)
         end = 0
         for name, opacity in (("1", 1), ("2", 0.6), ("3_or_more", 0.3)):
-            height = percent[f"deviations_{name}/{x[-1]}"]
+            height = mean[f"deviations_{name}/{x[-1]}"]
             bars.barh(number, height, left=end, color=style["color"], alpha=opacity)
             end += height
         bars.plot(end, number, **marker)
         bars.plot(100 - engine[-1], number, "|", color="black", markersize=14)
     reward.set(title="Reward (mean of 5 batches)", xlabel="rollout batch")
     largest.set(title="Largest PPO ratio of a batch", xlabel="rollout batch")
-    agreement.set(title="Sets without deviation, %; dotted: no prediction", xlabel="mini-step i")
+    agreement.set(title="Sets without deviation, %", xlabel="mini-step i (dotted: no prediction)")
     agreement.xaxis.get_major_locator().set_params(integer=True)
-    bars.set(title="Sets with 1, 2, more deviations, last i, %; |: no prediction")
+    bars.set(title="Sets with 1, 2, more deviations at the last i, %")
+    bars.set_xlabel("black line: without prediction")
     bars.set_yticks(range(len(histories)), histories)
     bars.invert_yaxis()
     for kind in ("png", "svg"):
