@@ -492,7 +492,8 @@ def summary(history: list[dict]) -> dict[str, float]:
         values = [row[name] for row in settled if row.get(name) is not None]
         mean[name] = statistics.fmean(values) if values else math.nan
     columns = {"reward at the last rollout": history[-1]["reward"]}
-    columns |= {"greedy accuracy": history[-1]["greedy_accuracy"]}
+    columns["of the last ten"] = statistics.fmean(row["reward"] for row in history[-10:])
+    columns["greedy accuracy"] = history[-1]["greedy_accuracy"]
     columns |= {n: 100 * mean[n] for n in mean if re.search("(agreement|deviation.*)/", n)}
     for i in range(2, 1 + sum(name.startswith("agreement/") for name in mean)):
         engine, first = columns[f"engine_agreement/{i}"], columns["engine_agreement/1"]
@@ -569,7 +570,7 @@ def compare(given: dict, variants: list[str]) -> int:
 def print_table(table: dict, seeds: int) -> None:
     """A Markdown table: mean ± half a 95 % interval."""
     print(
-        f"\n{seeds} seeds; ± is half the 95 % interval of the paired difference to the first row;"
+        f"\n{seeds} seeds; ± half the 95 % interval of the paired difference to the first row; but"
     )
     print("in the first row, and for removed deviations, of the mean. By mini-step: in %.")
     names = [name.partition("/")[0] for columns in table.values() for name in columns]
