@@ -32,7 +32,6 @@ form, from the momentum of the router's optimizer, with a gain that calibrates i
 Paper: Dong et al., arXiv:2606.00395. What is ours and not the paper's is marked "ours".
 """
 
-import copy
 import json
 import math
 import re
@@ -44,6 +43,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +57,12 @@ def expect(holds: bool, message: str) -> None:
     """Raises ValueError, which the command line turns into one sentence and exit code 2."""
     if not holds:
         raise ValueError(message)
+
+
+def alone(values: Tensor) -> Tensor:
+    """The values of all processes that train together, stacked, where there is only this one: the
+    default of every `gather`. train_toy.py has the other one."""
+    return values[None]
 
 
 # ---------------------------------------------------------------------------------- 1. Model
@@ -112,14 +118,22 @@ class Trace(NamedTuple):
 
 
 class Cache:
-    """Keys and values of the positions seen so far, allocated once."""
+    """Keys and values of the positions seen so far, allocated once, when the first ones come."""
 
-    def __init__(self, config: ModelConfig, rows: int, length: int, like: Tensor):
+    def __init__(self, config: ModelConfig, rows: int, length: int, device: torch.device):
         shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, length)
-        self.keys_values = like.new_empty(*shape, config.head_dim)
-        self.attend = torch.ones(rows, length, dtype=torch.bool, device=like.device)
+        self.shape, self.keys_values = (*shape, config.head_dim), None
+        self.attend = torch.ones(rows, length, dtype=torch.bool, device=device)
         self.padded = False  # True once some position must not be attended to
         self.used = 0
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
+        """Appends keys and values of new positions; returns all of them, stacked."""
+        if self.keys_values is None:
+            self.keys_values = k.new_empty(self.shape)
+        stored, end = self.keys_values[:, layer], self.used + k.shape[2]
+        stored[0, :, :, self.used : end], stored[1, :, :, self.used : end] = k, v
+        return stored[:, :, :, :end]
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows, in this order; a row may be named several times or left out."""
@@ -228,9 +242,7 @@ class Attention(nn.Module):
         q, k = (t * cosine + t.roll(self.head_dim // 2, -1) * sine for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
-            stored, end = cache.keys_values[:, self.layer], cache.used + x.shape[1]
-            stored[0, :, :, cache.used : end], stored[1, :, :, cache.used : end] = k, v
-            k, v = stored[:, :, :, :end]
+            k, v = cache.store(self.layer, k, v)
         causal = mask is None and x.shape[1] > 1
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -288,6 +300,7 @@ class MoETransformer(nn.Module):
         horizon: float | Tensor | None = None,
         keep_inputs: bool = False,
         head: bool = True,
+        recompute: bool = False,
     ) -> tuple[Tensor, Trace]:
         """Next-token logits (B, T, vocab_size), and what the routers saw.
 
@@ -297,6 +310,7 @@ class MoETransformer(nn.Module):
         horizon  None = predictor off; m, a float or (B,) = route, and weight, by
                  softmax(p + m h W_p). The paper's rollout has m = 1.
         head     False returns the final hidden states (B, T, D) instead of logits.
+        recompute  True keeps only the blocks' inputs for backward (activation checkpointing).
         Raises ValueError if the positions or the replay do not fit the model."""
         (B, T), L = tokens.shape, len(self.routers)
         length = T + (cache.used if cache is not None else 0)
@@ -310,7 +324,8 @@ class MoETransformer(nn.Module):
         x, seen = self.embed(tokens), []
         for block in self.blocks:
             route = None if replay is None or block.dense else replay[len(seen)]
-            x, *routing = block(x, rotary, mask, cache, route, horizon)
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            x, *routing = run(x, rotary, mask, cache, route, horizon)
             if not block.dense:
                 seen.append(routing if keep_inputs else routing[:2])
         if cache is not None:
@@ -481,16 +496,23 @@ def disk_tensors(model: MoETransformer) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_checkpoint(path: Path, dtype: torch.dtype, device: str | torch.device) -> MoETransformer:
-    """`from_pretrained`: maps one file after the other and copies tensor by tensor."""
+def empty_model(config: ModelConfig, dtype: torch.dtype, device: str | torch.device):
+    """A MoETransformer whose weights are not set yet, but for zero routers, in float32."""
     with torch.device("meta"):  # no memory yet, and no random weights
-        model = MoETransformer(config_from(read(path / "config.json"))).to(dtype)
+        model = MoETransformer(config).to(dtype)
     model.to_empty(device=device)
-    if model.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         model.lm_head.weight = model.embed.weight  # to_empty has torn them apart
     for router in model.routers:
         for tensor in router.float().state_dict().values():
             tensor.zero_()
+    return model
+
+
+@torch.no_grad()
+def load_checkpoint(path: Path, dtype: torch.dtype, device: str | torch.device) -> MoETransformer:
+    """`from_pretrained`: maps one file after the other and copies tensor by tensor."""
+    model = empty_model(config_from(read(path / "config.json")), dtype, device)
     tensors, model.source = disk_tensors(model), path
     top = {name for name in tensors if ".predictor." not in name}
     index = dict.fromkeys(top, SINGLE)
@@ -571,18 +593,20 @@ def generate(
     temperature: float = 1.0,
     horizon: float | Tensor | None = None,
     generator: torch.Generator | None = None,
+    gather: Callable[[Tensor], Tensor] = alone,
 ) -> Rollout:
     """Samples responses with a KV cache and records the routes that produced them.
     prompts (Q, P) int64, left-padded with `pad`; horizon None, a float or (Q,), see `forward`.
     temperature 0 is greedy, with log-probabilities at temperature 1; eos -1 never stops.
-    A prompt is computed once for all its samples; a finished response leaves the batch."""
+    A prompt is computed once for all its samples; a finished response leaves the batch. With a
+    sharded model all processes decode in lock step until the last response has ended."""
     (Q, P), C, device = prompts.shape, max_new_tokens, prompts.device
     expect(C > 0 and samples > 0, f"max_new_tokens {C} and samples {samples} must be positive")
     expect(temperature >= 0, f"temperature is {temperature}; expected at least 0")
     fits = model.config.max_position_embeddings >= P + C - 1
     expect(fits, f"{P + C - 1} positions exceed max_position_embeddings; shorten the prompts")
     real = (prompts != pad).cumsum(-1) > 0  # Only leading pads are padding.
-    cache = Cache(model.config, Q, P + C - 1, model.embed.weight)
+    cache = Cache(model.config, Q, P + C - 1, device)
     hidden, trace = model(prompts, attend=real, cache=cache, horizon=horizon, head=False)
     group = torch.arange(Q, device=device).repeat_interleave(samples)
     cache.select(group)
@@ -600,10 +624,14 @@ def generate(
         token = (log_p.exp() / race).argmax(-1, keepdim=True)
         tokens[rows, column] = token[:, 0]
         logprobs[rows, column - P] = log_p.gather(-1, token)[:, 0]
-        if device.type == "cpu" or column % 8 == 0:  # A GPU has to wait for the look at the tokens.
+        if (
+            device.type == "cpu" or (column - P) % 8 == 0
+        ):  # A GPU has to wait for the look at the tokens.
             going = (tokens[rows, P : column + 1] != eos).all(1).nonzero()[:, 0]
-            if len(going) == 0:
+            if not gather(torch.tensor(len(going), device=device)).any():
                 break
+            if len(going) == 0:
+                going = rows.new_zeros(1)  # a dummy row, to keep step
             if len(going) <= 0.75 * len(rows):  # Copying the cache pays from about a quarter on.
                 cache.select(going)
                 token, rows = token[going], rows[going]
@@ -621,14 +649,12 @@ def generate(
 
 
 def rollout_engine(model: MoETransformer, rollout_dtype: str) -> MoETransformer:
-    """A separate copy of the model, in the rollout's precision; `synchronise` fills it.
+    """A second model, for rollouts in their own precision; `synchronise` gives it its weights.
     "fp32"; "bf16": weights and arithmetic in bfloat16; "fp8": the same, but weights of experts and
     projections are rounded to float8 first. The router computes in float32 in all of them."""
-    engine = copy.deepcopy(model).eval().requires_grad_(False)
-    for name, parameter in engine.named_parameters():
-        if rollout_dtype != "fp32" and ".router." not in name:
-            parameter.data = parameter.data.bfloat16()
-    return engine
+    dtype = torch.float32 if rollout_dtype == "fp32" else torch.bfloat16
+    engine = empty_model(model.config, dtype, model.routers[0].weight.device)
+    return engine.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -703,7 +729,8 @@ class RLConfig:
     rollout_dtype: str = "fp32"
     mini_steps: int = 2  # kappa
     epochs: int = 1  # passes over the rollout batch; i counts on through them
-    micro_batch: int = 0  # responses per forward pass; 0 = a whole mini-step
+    micro_tokens: int = 0  # per forward pass at most, padding too; 0 = a whole mini-step at once
+    recompute: bool = False  # activation checkpointing: memory for time
     learning_rate: float = 2e-4
     router_multiplier: float = 1.0  # learning rate of W over the policy's; ours, see the README
     betas: tuple[float, float] = (0.9, 0.999)
@@ -736,7 +763,8 @@ class RLConfig:
 
 def make_optimizer(model: MoETransformer, config: RLConfig) -> torch.optim.AdamW:
     """AdamW with a group each for the routers W, the predictors W_p and everything else."""
-    named, ends = list(model.named_parameters()), ("router.weight", "predictor.weight")
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    ends = ("router.weight", "predictor.weight")
     routers, predictors = ([p for name, p in named if name.endswith(end)] for end in ends)
     rest = [p for name, p in named if not name.endswith(ends)]
     rate, betas = config.learning_rate, (config.predictor_beta1, config.betas[1])
@@ -861,7 +889,8 @@ def aim(model: MoETransformer, optimizer: torch.optim.AdamW, decay: float = 0.85
     for router in model.routers:
         V, state = torch.zeros_like(router.weight), optimizer.state.get(router.weight)
         if state:
-            correction1, correction2 = (1 - beta ** state["step"] for beta in group["betas"])
+            step = state["step"].clamp(min=1)
+            correction1, correction2 = (1 - beta**step for beta in group["betas"])
             root = (state["exp_avg_sq"] / correction2).sqrt() + group["eps"]
             V = -group["lr"] * state["exp_avg"] / correction1 / root
         steps.append(V)
@@ -873,25 +902,39 @@ def aim(model: MoETransformer, optimizer: torch.optim.AdamW, decay: float = 0.85
 
 
 @torch.no_grad()
-def measure_gain(model: MoETransformer, b: Tensor, drift: Tensor) -> None:
+def measure_gain(model: MoETransformer, b: Tensor, drift: Tensor, gather=alone) -> None:
     """Ours, pr2-cf: adds a prediction b and the drift that came, (L, n, N), to the running sums."""
     drift, b = (t - t.mean(-1, keepdim=True) for t in (drift, b))  # a common shift routes nobody
     for router, came, guess in zip(model.routers, drift, b, strict=True):
-        new = torch.stack([(came * guess).sum(), guess.square().sum()])
+        new = gather(torch.stack([(came * guess).sum(), guess.square().sum()])).sum(0)
         router.gain.add_(new if new.isfinite().all() else 0)
 
 
-def mini_step(model, optimizer, config, batches, i: int, V=None) -> dict[str, float]:
+def averages(sums: dict[str, Tensor], gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """The mean over processes of what each of them has summed up."""
+    values = gather(torch.stack([value.float() for value in sums.values()])).mean(0)
+    return dict(zip(sums, values.tolist(), strict=True))
+
+
+def total_norm(parameters: list[Tensor]) -> Tensor:
+    """Of the gradients; of sharded ones, over all their shards."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def mini_step(model, optimizer, config, batches, i, V=None, gather=alone) -> dict[str, float]:
     """Mini-step i: one update of the policy and, from i = 2 on, of the predictor. Returns metrics.
     The batches are micro-batches: their gradients add up to that of one large batch. An update
-    whose loss or gradient is not finite is skipped."""
+    whose loss or gradient is not finite is skipped, by all processes together."""
     tokens, cached = sum(b.mask.sum() for b in batches), sum(b.cached.sum() for b in batches)
-    responses, (low, high) = sum(len(b.mask) for b in batches), config.clip
-    sums, largest = defaultdict(float), torch.zeros((), device=tokens.device)
+    counts = torch.stack([tokens, cached, tokens.new_tensor(sum(len(b.mask) for b in batches))])
+    # Processes average their gradients and sums, so the denominators are averages too.
+    tokens, cached, responses = gather(counts.float()).mean(0)
+    sums, largest, (low, high) = defaultdict(float), torch.zeros_like(tokens), config.clip
     optimizer.zero_grad()
     for batch in batches:
-        forward = (*batch[:3], config.temperature)
-        logprobs, trace = response_logprobs(model, *forward, replay=batch.replay)
+        route = {"replay": batch.replay, "recompute": config.recompute}
+        logprobs, trace = response_logprobs(model, *batch[:3], config.temperature, **route)
         surrogate = log_ratio = logprobs - batch.old_logprobs
         weight = batch.mask / tokens  # the mean over the tokens of the mini-step
         if config.method == "gspo":  # the mean over its sequences
@@ -906,7 +949,7 @@ def mini_step(model, optimizer, config, batches, i: int, V=None) -> dict[str, fl
             surprise = predictor_loss(inputs, p_old, p, W_p, config.predictor_loss) / cached
             sums["predictor_loss"] += surprise.detach()
             if config.method == "pr2-cf":
-                measure_gain(model, inputs @ V.mT, p - p_old)
+                measure_gain(model, inputs @ V.mT, p - p_old, gather)
             else:
                 loss = loss + surprise
         loss.backward()
@@ -919,14 +962,19 @@ def mini_step(model, optimizer, config, batches, i: int, V=None) -> dict[str, fl
         for name, value in drift(batch, at_response(trace.logits.detach(), batch.mask)).items():
             sums[name] += value / tokens
     rest, routers, predictors = (group["params"] for group in optimizer.param_groups)
-    norm = nn.utils.clip_grad_norm_(rest + routers, config.max_grad_norm)
-    norm_p = nn.utils.clip_grad_norm_(predictors, config.max_grad_norm)  # clipped by itself
-    finite = math.isfinite(float(sums["loss"] + sums.get("predictor_loss", 0.0) + norm + norm_p))
+    for parameter in routers + predictors:  # every process has them whole, the rest is sharded
+        if parameter.grad is not None:
+            parameter.grad = gather(parameter.grad).mean(0)
+    norm, norm_p = torch.hypot(total_norm(rest), total_norm(routers)), total_norm(predictors)
+    for group, size in ((rest, norm), (routers, norm), (predictors, norm_p)):
+        nn.utils.clip_grads_with_norm_(group, config.max_grad_norm, size)
+    metrics = averages(sums, gather)
+    metrics |= {"log_ratio_max": float(gather(largest).max()), "grad_norm": float(norm)}
+    finite = math.isfinite(metrics["loss"] + metrics.get("predictor_loss", 0) + norm + norm_p)
     if finite:
         optimizer.step()
     optimizer.zero_grad()
-    sums |= {"log_ratio_max": largest, "grad_norm": norm, "skipped": 0 if finite else 1}
-    return {name: float(value) for name, value in sums.items()}
+    return metrics | {"skipped": 0.0 if finite else 1.0}
 
 
 def collect(
@@ -936,6 +984,7 @@ def collect(
     prompts: Tensor,
     reward: Callable[[Rollout], Tensor],
     generator: torch.Generator | None = None,
+    gather: Callable[[Tensor], Tensor] = alone,
 ) -> tuple[list[list[Slice]], dict[str, float]]:
     """Samples and scores a rollout batch: a list of micro-batches per mini-step, and metrics.
     prompts (Q, P) int64, left-padded; `reward` maps the Rollout to (Q * samples,) floats; `engine`
@@ -947,25 +996,30 @@ def collect(
     updates = torch.arange(kappa, device=prompts.device) + kappa * (config.epochs - 1) / 2
     m = (config.predicts * horizon_after(updates, config)).repeat_interleave(Q // kappa)
     sampling = {"samples": G, "temperature": config.temperature, "generator": generator}
-    sampling |= {"eos": config.eos, "pad": config.pad, "horizon": m if config.predicts else None}
+    sampling |= {"eos": config.eos, "pad": config.pad, "gather": gather}
+    sampling |= {"horizon": m if config.predicts else None}
     rollout = generate(engine, prompts, config.max_new_tokens, **sampling)
     clock.append(time.perf_counter())
     rewards = reward(rollout).to(prompts.device)
     advantages = group_advantages(rewards.view(Q, G)).view(-1, 1)
     m = m.repeat_interleave(G)[:, None]
     # Old log-probs on the very slices of the updates: pi_theta / pi_old starts at exactly 1.
-    mini_steps, sums = [], defaultdict(float)
+    mask, mini_steps, sums = rollout.attend[:, rollout.prompt_length :], [], defaultdict(float)
+    sums |= {"reward": rewards.sum(), "tokens": mask.sum()}
     for mini_batch in torch.arange(Q * G).chunk(kappa):
+        longest = rollout.prompt_length + gather(mask[mini_batch].sum(1).max()).max() - 1
+        size = max(1, config.micro_tokens // int(longest)) if config.micro_tokens else Q * G
         mini_steps.append([])
-        for rows in mini_batch.split(config.micro_batch or len(mini_batch)):
+        for rows in mini_batch.split(size):
             batch, passed = old_pass(model, engine, config, rollout, advantages, m, rows, generator)
             mini_steps[-1].append(batch)
             for name, value in passed.items():
-                sums[name] += float(value)
+                sums[name] += value
+    metrics = averages(sums, gather)
     clock.append(time.perf_counter())
-    tokens = float(rollout.attend[:, rollout.prompt_length :].sum())
-    metrics = {"reward": float(rewards.mean()), "response_length": tokens / (Q * G)}
-    metrics |= {name: value / tokens for name, value in sums.items()}
+    reward, tokens = metrics.pop("reward"), metrics.pop("tokens")
+    metrics = {name: value / tokens for name, value in metrics.items()}
+    metrics |= {"reward": reward / (Q * G), "response_length": tokens / (Q * G)}
     metrics |= {"seconds_rollout": clock[1] - clock[0], "seconds_old_logprobs": clock[2] - clock[1]}
     return mini_steps, metrics
 
@@ -978,14 +1032,15 @@ def rl_step(
     prompts: Tensor,
     reward: Callable[[Rollout], Tensor],
     generator: torch.Generator | None = None,
+    gather: Callable[[Tensor], Tensor] = alone,
 ) -> dict[str, float]:
     """One rollout batch: `collect` it, then train on it in kappa mini-steps. Returns metrics.
     Metric "name/i" belongs to mini-step i; plain "name" is the mean over mini-steps, but the
     largest for log_ratio_max and the sum for skipped."""
     V = aim(model, optimizer) if config.method == "pr2-cf" else None
-    mini_steps, metrics = collect(model, engine, config, prompts, reward, generator)
+    mini_steps, metrics = collect(model, engine, config, prompts, reward, generator, gather)
     start, order = time.perf_counter(), enumerate(mini_steps * config.epochs, 1)
-    updates = {i: mini_step(model, optimizer, config, b, i, V) for i, b in order}
+    updates = {i: mini_step(model, optimizer, config, b, i, V, gather) for i, b in order}
     for name in updates[len(updates)]:
         values = {i: update[name] for i, update in updates.items() if name in update}
         combine = {"log_ratio_max": max, "skipped": sum}.get(name, statistics.fmean)
@@ -1014,9 +1069,13 @@ class AdditionTask:
         texts = [text.rjust(width, "_") if left else text.ljust(width, "_") for text in texts]
         return torch.tensor([[self.characters.index(c) for c in text] for text in texts])
 
+    def prompts(self, problems: list[str]) -> Tensor:
+        """Problems -> (len(problems), prompt_length) int64 ids, padded on the left."""
+        return self.encode(problems, self.prompt_length, left=True)
+
     def decode(self, ids: Tensor) -> list[str]:
-        """(B, T) ids -> texts without the padding around them."""
-        return ["".join(self.characters[i] for i in row).strip("_") for row in ids.tolist()]
+        """(B, T) ids -> texts without the padding on the right."""
+        return ["".join(self.characters[i] for i in row).rstrip("_") for row in ids.tolist()]
 
     def problems(self, count: int, generator: torch.Generator, held_out: bool = False) -> list[str]:
         """`count` prompts, all from the training part or all from the held-out part."""
@@ -1036,10 +1095,10 @@ class AdditionTask:
             sums.append(str(total))
         return ",".join(sums) + "."
 
-    def rewards(self, texts: list[str]) -> Tensor:
-        """1.0 for "7+5+9=12,21.", a right final answer after well-formed running sums; else 0.0."""
+    def rewards(self, problems: list[str], responses: list[str]) -> Tensor:
+        """1.0 for "12,21." to "7+5+9=", a right final answer after well-formed sums; else 0.0."""
         right, form = [], re.compile(rf"(?:\d+,){{{self.operands - 2}}}(\d+)\.")
-        for problem, _, response in (text.partition("=") for text in texts):
+        for problem, response in zip(problems, responses, strict=True):
             match = form.fullmatch(response)
-            right.append(match and int(match[1]) == sum(map(int, problem.split("+"))))
+            right.append(match and int(match[1]) == sum(map(int, problem[:-1].split("+"))))
         return torch.tensor([float(bool(r)) for r in right])

@@ -4,9 +4,12 @@
     python train_toy.py --method r3 --seed 1     # another method, another seed
     python train_toy.py --resume runs/NAME       # go on with a run that was stopped or killed
     python train_toy.py --compare r3 pr2 pr2:alpha=0.3,loss=delta        # side by side
+    python train_toy.py --checkpoint OLMoE-1B-7B --prompts 32            # a real checkpoint
+    torchrun --nproc-per-node 8 train_toy.py --checkpoint OLMoE-1B-7B    # on eight GPUs
 
 A run's folder holds config.json (every flag), metrics.jsonl (one line per rollout batch) and
-checkpoint/step-N (the last two; `latest` names the one to trust). The method is in pr2_mini.py.
+checkpoint/step-N (the last two; `latest` names the one to trust), written by torch's distributed
+checkpoint: resume only runs of your own. The method is in pr2_mini.py.
 """
 
 import argparse
@@ -22,13 +25,20 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so when imported
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said of one process
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.nn.functional as F
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import pr2_mini
@@ -46,7 +56,7 @@ FLAGS = {  # name: (default, help)
     "samples": (DEFAULTS.samples, "responses per prompt"),
     "mini_steps": (DEFAULTS.mini_steps, "kappa, updates per rollout batch"),
     "epochs": (DEFAULTS.epochs, "passes over each rollout batch"),
-    "micro_batch": (DEFAULTS.micro_batch, "responses per forward pass, 0 = a whole mini-step"),
+    "micro_tokens": (DEFAULTS.micro_tokens, "most tokens of a forward pass, 0 = a whole mini-step"),
     "rollout_dtype": (DEFAULTS.rollout_dtype, "precision of the rollouts: fp32, bf16 or fp8"),
     "learning_rate": (DEFAULTS.learning_rate, "of AdamW"),
     "router_multiplier": (20.0, "learning rate of the routers over the model's"),
@@ -58,6 +68,10 @@ FLAGS = {  # name: (default, help)
     "largest": (9, "largest number in a sum"),
     "experts": (64, "N, experts per layer"),
     "experts_per_token": (8, "k, experts that a token visits"),
+    "checkpoint": ("", "Hugging Face folder to train in place of the toy, on word problems"),
+    "template": ("{problem}\nAnswer:", "prompt for a checkpoint, around {problem}"),
+    "response_length": (0, "most new tokens, 0 = what the task needs"),
+    "trainable": ("", "regular expression: train only weights whose names it matches"),
     "device": ("auto", "cpu, cuda or mps; auto is cuda if there is one, else cpu"),
     "base_dir": ("base", "where warmed-up base models are cached"),
     "out": ("", "folder of the run; by default a new one in runs/"),
@@ -66,6 +80,9 @@ FLAGS = {  # name: (default, help)
     "seeds": (3, "runs per variant of --compare"),
 }
 ONLY_ONCE = {"out", "resume", "seeds"}  # flags that are not settings of a run
+# Other defaults with --checkpoint: large models learn slowly, and their routers need no help.
+PUBLISHED = {"learning_rate": 1e-6, "router_multiplier": 1.0, "alpha": 1000.0}
+PUBLISHED |= {"rollout_dtype": "bf16", "micro_tokens": 16384}
 
 
 def parse(arguments: list[str]) -> tuple[dict, list[str] | None]:
@@ -91,7 +108,8 @@ def parse(arguments: list[str]) -> tuple[dict, list[str] | None]:
 
 def settings(given: dict) -> dict:
     """Every setting of a run: the given ones, and the defaults of the others."""
-    flags = {name: default for name, (default, _) in FLAGS.items()} | given
+    flags = {name: default for name, (default, _) in FLAGS.items()}
+    flags |= (PUBLISHED if given.get("checkpoint") else {}) | given
     if flags["device"] == "auto":
         flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return {name: value for name, value in flags.items() if name not in ONLY_ONCE}
@@ -108,25 +126,78 @@ def resumed(given: dict, folder: Path) -> dict:
 
 def configurations(flags: dict) -> tuple[AdditionTask, ModelConfig, RLConfig]:
     """What the flags mean; raises ValueError for flags that do not fit together."""
-    task = AdditionTask(flags["operands"], flags["largest"])
-    model = ModelConfig(
-        vocab_size=len(task.characters),
-        num_experts=flags["experts"],
-        num_experts_per_tok=flags["experts_per_token"],
-        max_position_embeddings=task.prompt_length + task.response_length,
-    )
+    if flags["checkpoint"]:
+        folder = Path(flags["checkpoint"])
+        model = pr2_mini.config_from(pr2_mini.read(folder / "config.json"))
+        task = WordProblems(folder, flags["operands"], flags["largest"], flags["template"])
+    else:
+        task = AdditionTask(flags["operands"], flags["largest"])
+        model = ModelConfig(
+            vocab_size=len(task.characters),
+            num_experts=flags["experts"],
+            num_experts_per_tok=flags["experts_per_token"],
+            max_position_embeddings=task.prompt_length + task.response_length,
+        )
     names = set(inspect.signature(RLConfig).parameters) & set(flags)
-    rl = RLConfig(max_new_tokens=task.response_length, **{name: flags[name] for name in names})
+    values = {name: flags[name] for name in names} | {"eos": task.eos, "pad": task.pad}
+    values |= {"max_new_tokens": flags["response_length"] or task.response_length}
+    rl = RLConfig(recompute=bool(flags["checkpoint"]), **values)
     expect(flags["steps"] > 0, f"--steps is {flags['steps']}; expected at least 1")
     expect(flags["save_every"] > 0, f"--save-every is {flags['save_every']}; expected at least 1")
+    share, count = rl.mini_steps * Processes.count, rl.prompts
+    even = count % share == 0
+    expect(
+        even,
+        f"{count} prompts do not divide into {rl.mini_steps} mini-steps on "
+        f"{Processes.count} processes; expected a multiple of {share}",
+    )
     return task, model, rl
 
 
-def find_device(name: str) -> torch.device:
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f'device "{name}" is not available here; try --device cpu') from None
+# --------------------------------------------------------------------------------- Processes
+
+
+class Processes:
+    """The processes that train together: those that torchrun has started, or this one alone."""
+
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    def __init__(self, device: str, sharded: bool):
+        several = self.count > 1
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if several and device == "cuda" else device
+        try:
+            self.device = torch.zeros(1, device=name).device
+        except (RuntimeError, AssertionError, NotImplementedError):
+            raise ValueError(f'device "{name}" is not available here; try --device cpu') from None
+        self.mesh = None
+        if (sharded or several) and not dist.is_initialized():
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            dist.init_process_group(backend, **({} if several else alone))
+            self.mesh = dist.init_device_mesh(self.device.type, (self.count,))
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """The values of all processes, stacked."""
+        if self.count == 1:
+            return pr2_mini.alone(values)
+        everyone = values.new_empty(self.count * values.numel())
+        dist.all_gather_single(everyone, values.flatten())
+        return everyone.view(self.count, *values.shape)
+
+    def place(self, model: MoETransformer, dtype: torch.dtype | None = None) -> MoETransformer:
+        """Moves the model to the device. Where it is sharded (FSDP2), each process keeps its part
+        of every block and computes in dtype; routers and predictors are small and stay whole."""
+        if self.mesh is None:
+            return model.to(self.device)
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        routers = {
+            tensor for router in model.routers for tensor in router.to(self.device).parameters()
+        }
+        for module in [*model.blocks, model]:
+            fully_shard(module, mesh=self.mesh, mp_policy=policy, ignored_params=routers)
+        return model
 
 
 # ------------------------------------------------------------------------------------- Files
@@ -187,26 +258,50 @@ def read_config(folder: Path) -> dict:
     return saved
 
 
-def save_checkpoint(folder: Path, step: int, content: dict) -> None:
+def everything(model: MoETransformer, optimizer: torch.optim.Optimizer) -> dict:
+    """Every tensor of a run by name, for a checkpoint: of the model and, filled in here instead of
+    by the first step, of AdamW."""
+    tensors = dict(model.state_dict())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+            tensors |= {f"{name}.{key}": tensor for key, tensor in optimizer.state[p].items()}
+    return tensors
+
+
+def save_checkpoint(folder: Path, tensors: dict, progress: dict, rank: int) -> None:
     """Writes checkpoint/step-N, then points `latest` at it, then drops all but the last two."""
     checkpoints = folder / "checkpoint"
-    new = checkpoints / f"step-{step}"
-    new.mkdir(parents=True, exist_ok=True)
-    torch_save(content, new / "state.pt")
-    write_atomically(checkpoints / "latest", lambda partial: partial.write_text(new.name))
-    steps = sorted(checkpoints.glob("step-*"), key=lambda path: int(path.name[5:]))
-    for old in steps[:-2]:
-        shutil.rmtree(old)
+    new = checkpoints / f"step-{progress['step']}"
+    partial = new.with_name(new.name + ".partial")
+    if not new.exists():
+        try:
+            dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
+        except (Exception, CheckpointException) as error:  # torch's own is not an Exception
+            raise OSError(f"cannot write {new}: {str(error).strip().splitlines()[-1]}") from None
+    if rank == 0:
+        if partial.exists():
+            (partial / "progress.json").write_text(json.dumps(progress))
+            partial.rename(new)
+        write_atomically(checkpoints / "latest", lambda path: path.write_text(new.name))
+        steps = sorted(checkpoints.glob("step-*[0-9]"), key=lambda path: int(path.name[5:]))
+        for old in steps[:-2]:
+            shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, flags: dict, device: torch.device) -> dict:
+def load_checkpoint(folder: Path, tensors: dict) -> dict:
+    """Fills the tensors from the newest checkpoint, written by any number of processes."""
     latest = folder / "checkpoint" / "latest"
     expect(latest.is_file(), f"{folder} has no checkpoint yet; start the run again in a new folder")
-    content = torch_load(latest.with_name(latest.read_text()) / "state.pt", device)
-    for name, value in content["config"].items():
-        same = name == "steps" or flags.get(name) == value
-        expect(same, f"the checkpoint in {folder} has {name} {value}, not {flags.get(name)}")
-    return content
+    path = latest.with_name(latest.read_text())
+    try:
+        progress = json.loads((path / "progress.json").read_text())
+        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+    except (Exception, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{path} is damaged or of another pr2_mini.py: {reason}") from None
+    return progress
 
 
 # ----------------------------------------------------------------------------------- Warm-up
@@ -265,145 +360,258 @@ def base_model(
 # -------------------------------------------------------------------------------- RL training
 
 
-def answers(
-    model: MoETransformer, task: AdditionTask, problems: list[str], temperature: float = 0.0
-) -> list[str]:
-    """Problems with the model's answers, "7+5+9=12,21."; the same samples in every call."""
-    device = model.embed.weight.device
-    prompts = task.encode(problems, task.prompt_length, left=True).to(device)
-    options = {"eos": task.eos, "pad": task.pad, "temperature": temperature}
-    options["generator"] = torch.Generator(device).manual_seed(0)
-    return task.decode(generate(model, prompts, task.response_length, **options).tokens)
+class WordProblems:
+    """Arithmetic in words, for a checkpoint and its own tokenizer: an AdditionTask's methods.
+    The answer is the last integer of the response."""
 
+    names, things = ("Ann", "Ben", "Cleo", "Dan", "Eve"), ("apples", "books", "coins", "shells")
+    gains, losses = ("buys", "finds", "makes"), ("loses", "sells", "drops")
+    response_length = 256
 
-def show(title: str, model: MoETransformer, task: AdditionTask, problems: list[str]) -> None:
-    """Prints sampled answers: greedy ones are mostly right before RL too."""
-    for text in answers(model, task, problems, temperature=1.0):
-        print(f"{title:<16} {text}  {'right' if task.rewards([text]).item() else 'wrong'}")
-
-
-def train(flags: dict, folder: Path, resume: bool = False, shared_bar: tqdm | None = None) -> int:
-    """Runs or continues a run; returns the exit code. Quiet where it is given a bar to move."""
-    task, model_config, config = configurations(flags)
-    device, seed = find_device(flags["device"]), flags["seed"]
-    metrics_path = folder / "metrics.jsonl"
-    if resume:
-        state = load_checkpoint(folder, flags, device)
-        model = MoETransformer(model_config).to(device)
-    else:
-        make_folder(folder)
-        model, origin = base_model(model_config, task, seed, device, Path(flags["base_dir"]))
-        if not shared_bar:
-            print(f"base model       {origin}")
-        text = json.dumps(flags, indent=2) + "\n"
-        write_atomically(folder / "config.json", lambda partial: partial.write_text(text))
-    optimizer = pr2_mini.make_optimizer(model, config)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    engine = pr2_mini.rollout_engine(model, config.rollout_dtype)
-    prompts_from = torch.Generator().manual_seed(seed + 1)  # on the CPU: the same on every device
-    samples_from = torch.Generator(device).manual_seed(seed + 2)
-    held_out = task.problems(128, torch.Generator().manual_seed(0), held_out=True)
-    step = skipped_in_a_row = 0
-    history: list[dict] = []
-    if resume:
+    def __init__(self, folder: Path, operands: int, largest: int, template: str):
         try:
-            step, skipped_in_a_row = state["step"], state["skipped_in_a_row"]
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            prompts_from.set_state(state["prompts_from"].cpu())
-            samples_from.set_state(state["samples_from"].cpu())
-        except (KeyError, RuntimeError, ValueError):
-            raise ValueError(f"the checkpoint in {folder} is of another pr2_mini.py") from None
-        lines = metrics_path.read_text().splitlines(keepends=True)[:step]
-        expect(
-            len(lines) == step,
-            f"{metrics_path} lacks lines; expected the {step} up to the checkpoint",
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ValueError("--checkpoint needs tokenizers: pip install tokenizers") from None
+        expect("{problem}" in template, f'--template "{template}" does not contain {{problem}}')
+        expect(operands > 1 and largest > 0, "--operands and --largest must be at least 2 and 1")
+        self.operands, self.largest, self.template = operands, largest, template
+        path, ids = folder / "tokenizer.json", pr2_mini.read(folder / "config.json")
+        expect(path.is_file(), f"{folder} has no tokenizer.json; expected it beside config.json")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        if (generation := folder / "generation_config.json").is_file():
+            ids |= pr2_mini.read(generation)
+        ends = ids.get("eos_token_id")
+        self.eos = ends[0] if isinstance(ends, list) else ends
+        expect(self.eos is not None, f"{folder / 'config.json'} names no eos_token_id")
+        self.pad = self.eos if ids.get("pad_token_id") is None else ids["pad_token_id"]
+
+    def problems(self, count: int, generator: torch.Generator, held_out: bool = False) -> list[str]:
+        """`count` problems, all from the training part or all from the held-out part."""
+        found: list[str] = []
+
+        def draw(options: Sequence) -> object:
+            return options[int(torch.randint(len(options), (), generator=generator))]
+
+        while len(found) < count:
+            name, thing = draw(self.names), draw(self.things)
+            numbers = [draw(range(self.largest + 1)) for _ in range(self.operands)]
+            text = f"{name} has {numbers[0]} {thing}. "
+            for number in numbers[1:]:
+                text += f"{name} {draw(self.gains + self.losses)} {number}. "
+            text += f"How many {thing} does {name} have now?"
+            if (zlib.crc32(text.encode()) % 8 == 0) == held_out:
+                found.append(text)
+        return found
+
+    def prompts(self, problems: list[str]) -> torch.Tensor:
+        """Problems -> (len(problems), P) int64 ids, padded on the left."""
+        texts = [self.template.replace("{problem}", problem) for problem in problems]
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+        width = max(map(len, rows))
+        return torch.tensor([[self.pad] * (width - len(row)) + row for row in rows])
+
+    def decode(self, ids: torch.Tensor) -> list[str]:
+        return self.tokenizer.decode_batch(ids.tolist())
+
+    def rewards(self, problems: list[str], responses: list[str]) -> torch.Tensor:
+        """1.0 where the last integer of the response is the answer, else 0.0."""
+        right = []
+        for problem, response in zip(problems, responses, strict=True):
+            changes = re.findall(r"(\w+) (\d+)", problem)
+            signed = [(-1) ** (verb in self.losses) * int(number) for verb, number in changes]
+            answer = sum(signed)
+            right.append(re.findall(r"-?\d+", response)[-1:] == [str(answer)])
+        return torch.tensor(right).float()
+
+
+def generator_for(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """Random numbers that depend on nothing but the key, so that no state has to be saved."""
+    seed = hashlib.sha256(repr(key).encode()).digest()[:8]
+    return torch.Generator(device).manual_seed(int.from_bytes(seed, "big") >> 1)
+
+
+class Run:
+    """A run: its policy, the engine that rolls out, AdamW, its folder, and what it measured."""
+
+    def __init__(self, flags: dict, folder: Path, resume: bool = False):
+        self.flags, self.folder, self.log = flags, folder, folder / "metrics.jsonl"
+        self.task, model_config, self.config = configurations(flags)
+        self.world = world = Processes(flags["device"], bool(flags["checkpoint"]))
+        if world.rank == 0 and not resume:
+            make_folder(folder)
+        # All processes but the first get their weights from it; a resumed run has a checkpoint.
+        model, self.origin = pr2_mini.empty_model(model_config, torch.float32, "cpu"), ""
+        if world.rank == 0 and not resume:
+            if path := flags["checkpoint"]:
+                model, self.origin = MoETransformer.from_pretrained(path), path
+            else:
+                cache = Path(flags["base_dir"])
+                parts = model_config, self.task, flags["seed"], world.device, cache
+                model, self.origin = base_model(*parts)
+        trained = re.compile(flags["trainable"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(bool(trained.search(name)) or ".predictor." in name)
+        values = model.state_dict() if world.rank == 0 else {}
+        self.engine = world.place(pr2_mini.rollout_engine(model, self.config.rollout_dtype))
+        self.model = world.place(model, torch.bfloat16 if flags["checkpoint"] else None)
+        if world.mesh is not None and not resume:
+            options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            dcp_state.set_model_state_dict(self.model, values, options=options)
+        self.optimizer = pr2_mini.make_optimizer(self.model, self.config)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.tensors = everything(self.model, self.optimizer)
+        self.held_out = self.task.problems(128, generator_for("held out"), held_out=True)
+        self.progress, self.history = {"step": 0, "skipped_in_a_row": 0}, []
+        if resume:
+            self.progress = load_checkpoint(folder, self.tensors)
+            step, lines = self.progress["step"], self.log.read_text().splitlines()
+            short = f"{self.log} lacks lines; expected the {step} up to the checkpoint"
+            expect(len(lines) >= step, short)
+            self.history = [json.loads(line) for line in lines[:step]]
+        self.write(self.log, "".join(json.dumps(row) + "\n" for row in self.history))
+        if not resume:
+            self.write(folder / "config.json", json.dumps(flags, indent=2) + "\n")
+            self.save()
+
+    def write(self, path: Path, text: str) -> None:
+        if self.world.rank == 0:
+            write_atomically(path, lambda partial: partial.write_text(text))
+
+    def save(self) -> None:
+        save_checkpoint(self.folder, self.tensors, self.progress, self.world.rank)
+
+    def respond(self, problems: list[str], temperature: float = 0.0) -> list[str]:
+        """The model's responses; the same samples in every call."""
+        options = {"eos": self.config.eos, "pad": self.config.pad, "temperature": temperature}
+        options |= {"generator": generator_for(0, device=self.world.device)}
+        prompts = self.task.prompts(problems).to(self.world.device)
+        length, gather = self.config.max_new_tokens, self.world.gather
+        rollout = generate(self.model, prompts, length, gather=gather, **options)
+        return self.task.decode(rollout.tokens[:, rollout.prompt_length :])
+
+    def show(self, title: str) -> None:
+        """Three sampled answers: greedy ones are mostly right before RL too."""
+        problems = self.held_out[:3]
+        for problem, text in zip(problems, self.respond(problems, 1.0), strict=True):
+            verdict = "right" if self.task.rewards([problem], [text]).item() else "wrong"
+            print(f"{title:<16} {problem}{' '.join(text.split())}  {verdict}")
+
+    def batch(self) -> tuple:
+        """This process's share of the next prompts, and what else `collect` asks for."""
+        count, config, key = (
+            self.world.count,
+            self.config,
+            (self.flags["seed"], self.progress["step"]),
         )
-        history = [json.loads(line) for line in lines]
-        write_atomically(metrics_path, lambda partial: partial.write_text("".join(lines)))
+        for model in (self.model, self.engine) if self.world.mesh is not None else ():
+            model.reshard()  # FSDP2 leaves what is outside the blocks whole after a forward pass
+        problems = self.task.problems(config.prompts, generator_for("prompts", *key))
+        prompts = self.task.prompts(problems).to(self.world.device)
+        rows = torch.arange(len(problems)).view(config.mini_steps, count, -1)
+        mine = rows[:, self.world.rank].flatten()
+        asked = [problems[row] for row in mine for _ in range(config.samples)]
 
-    def save() -> None:
-        content = {"config": flags, "step": step, "skipped_in_a_row": skipped_in_a_row}
-        content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        content |= {
-            "prompts_from": prompts_from.get_state(),
-            "samples_from": samples_from.get_state(),
-        }
-        save_checkpoint(folder, step, content)
-
-    def reward(rollout: pr2_mini.Rollout) -> torch.Tensor:
-        return task.rewards(task.decode(rollout.tokens))
-
-    stop: list[int] = []  # A signal ends the run after the rollout batch that it falls in.
-
-    def on_signal(number: int, frame: object) -> None:
-        if stop:  # the second one at once
-            raise KeyboardInterrupt
-        stop.append(number)
-
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, on_signal)
-    if not resume:
-        save()
-    if not shared_bar:
-        show("before RL" if step == 0 else f"at step {step}", model, task, held_out[:3])
-    bar = shared_bar or tqdm(total=flags["steps"], initial=step, desc=f"RL with {config.method}")
-    with open(metrics_path, "a") as log:
-        while step < flags["steps"] and not stop and skipped_in_a_row < 10:
-            # Adam's first steps are as large as its rate allows and would scramble the routers.
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * min(1.0, (step + 1) / 10)
-            problems = task.problems(config.prompts, prompts_from)
-            prompts = task.encode(problems, task.prompt_length, left=True).to(device)
-            metrics = pr2_mini.rl_step(
-                model, engine, optimizer, config, prompts, reward, samples_from
+        def reward(rollout: pr2_mini.Rollout) -> torch.Tensor:
+            return self.task.rewards(
+                asked, self.task.decode(rollout.tokens[:, rollout.prompt_length :])
             )
-            metrics["greedy_accuracy"] = task.rewards(answers(model, task, held_out)).mean().item()
-            step += 1
-            for i in range(1, config.mini_steps * config.epochs + 1):
-                skipped_in_a_row = skipped_in_a_row + 1 if metrics[f"skipped/{i}"] else 0
-            row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-            history.append(row)
-            print(json.dumps(row), file=log, flush=True)
-            # Weights that have begun to fail are not worth keeping: the last good ones stay.
-            if step % flags["save_every"] == 0 and skipped_in_a_row == 0:
-                save()
-            live = {"reward": f"{metrics['reward']:.2f}"}
-            live["agreement"] = f"{100 * metrics['agreement']:.1f}%"
-            live["largest_ratio"] = f"{ratio(metrics['log_ratio_max']):.2g}"
-            if total := sum(row["skipped"] for row in history):
+
+        generator = generator_for("samples", *key, self.world.rank, device=self.world.device)
+        return prompts[mine], reward, generator, self.world.gather
+
+    def advance(self) -> dict:
+        """One rollout batch; returns its row of metrics.jsonl."""
+        step, world = self.progress["step"], self.world
+        # Adam's first steps are as large as its rate allows and would scramble the routers.
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * min(1.0, (step + 1) / 10)
+        parts = self.model, self.engine, self.optimizer, self.config
+        metrics = pr2_mini.rl_step(*parts, *self.batch())
+        mine = self.held_out[world.rank :: world.count]
+        right = self.task.rewards(mine, self.respond(mine)).sum().to(world.device)
+        metrics["greedy_accuracy"] = float(world.gather(right).sum()) / len(self.held_out)
+        self.progress["step"] += 1
+        for i in range(1, self.config.mini_steps * self.config.epochs + 1):
+            failed = self.progress["skipped_in_a_row"] + 1 if metrics[f"skipped/{i}"] else 0
+            self.progress["skipped_in_a_row"] = failed
+        row = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+        row = {"step": step + 1} | row
+        self.history.append(row)
+        if world.rank == 0:
+            with open(self.log, "a") as log:
+                print(json.dumps(row), file=log)
+        # Weights that have begun to fail are not worth keeping: the last good ones stay.
+        if (step + 1) % self.flags["save_every"] == 0 and not self.progress["skipped_in_a_row"]:
+            self.save()
+        return row
+
+    def train(self, bar: tqdm) -> int:
+        """Rollout batches until the end, a signal or ten failed updates; returns the exit code."""
+        stop: list[int] = []  # A signal ends the run after the rollout batch that it falls in.
+
+        def on_signal(number: int, frame: object) -> None:
+            if stop:  # the second one at once
+                raise KeyboardInterrupt
+            stop.append(number)
+
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, on_signal)
+        stopped, progress = 0, self.progress
+        while progress["step"] < self.flags["steps"] and progress["skipped_in_a_row"] < 10:
+            row = self.advance()
+            live = {"reward": f"{row['reward']:.2f}"}
+            live["agreement"] = f"{100 * row['agreement']:.1f}%"
+            live["largest_ratio"] = f"{ratio(row['log_ratio_max']):.2g}"
+            if total := sum(row["skipped"] for row in self.history):
                 live["skipped"] = total
             bar.set_postfix(live, refresh=False)
             bar.update()
-    if not shared_bar:
-        bar.close()
-    command = f"python train_toy.py --resume {folder}" if not shared_bar else "the same command"
-    if skipped_in_a_row >= 10:
-        print(
-            f"stopped: the loss or gradient of {skipped_in_a_row} updates in a row was not finite; "
-            f"the last good checkpoint is kept. Lower --learning-rate, or look into it: {command}",
-            file=sys.stderr,
-        )
-        return 1
-    if skipped_in_a_row == 0:
-        save()
-    if stop:
-        print(f"stopped after step {step}; continue with: {command}")
-        return 128 + stop[0]
-    if shared_bar:
-        return 0
-    show("after RL", model, task, held_out[:3])
-    summarise(history, config)
-    print(f"wrote            {metrics_path}")
-    if plot := pyplot():
-        prompts = task.encode(task.problems(config.prompts, prompts_from), task.prompt_length, True)
-        V = pr2_mini.aim(model, optimizer) if config.method == "pr2-cf" else None
-        collected = (model, engine, config, prompts.to(device), reward, samples_from)
-        mini_steps, _ = pr2_mini.collect(*collected)
-        for i, batches in enumerate(mini_steps[:-1], 1):  # what the last mini-step will find
-            pr2_mini.mini_step(model, optimizer, config, batches, i, V)
-        draw_run(plot, history, *watch(model, config, mini_steps[-1][0], task), folder)
-    return 0
+            here = torch.tensor(stop[0] if stop else 0, device=self.world.device)
+            if stopped := int(self.world.gather(here).max()):
+                break
+        again = f"repeat the command with --resume {self.folder} (a comparison as it was)"
+        if (failed := progress["skipped_in_a_row"]) >= 10:
+            print(
+                f"stopped: the loss or gradient of {failed} updates in a row was not finite; the "
+                f"last good checkpoint is kept. Lower --learning-rate, or look into it: {again}",
+                file=sys.stderr,
+            )
+            return 1
+        if failed == 0:
+            self.save()
+        if stopped:
+            print(f"stopped after step {progress['step']}; to go on, {again}")
+        return 128 + stopped if stopped else 0
+
+    def report(self) -> None:
+        """What a reader wants to know at the end; a trained checkpoint is saved."""
+        self.show("after RL")
+        summarise(self.history, self.config)
+        print(f"wrote            {self.log}")
+        if self.flags["checkpoint"]:
+            options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+            values = dcp_state.get_model_state_dict(self.model, options=options)
+            if self.world.rank == 0:
+                whole = pr2_mini.empty_model(self.model.config, torch.bfloat16, "cpu")
+                whole.load_state_dict(values)
+                whole.source = Path(self.flags["checkpoint"])
+                whole.save_pretrained(path := self.folder / f"model-{self.progress['step']}")
+                print(f"wrote            {path}")
+        if plot := pyplot():
+            prompts, reward, generator, gather = self.batch()
+            parts = self.model, self.optimizer, self.config
+            V = pr2_mini.aim(*parts[:2]) if self.config.method == "pr2-cf" else None
+            parts_ = self.model, self.engine, self.config, prompts, reward, generator, gather
+            mini_steps, _ = pr2_mini.collect(*parts_)
+            for i, batches in enumerate(mini_steps[:-1], 1):  # what the last mini-step will find
+                pr2_mini.mini_step(*parts, batches, i, V, gather)
+            states = watch(self.model, self.config, mini_steps[-1][0], self.task)
+            if self.world.rank == 0:
+                draw_run(plot, self.history, *states, self.folder)
 
 
 @torch.no_grad()
@@ -426,7 +634,7 @@ def watch(
     by_response = states.split(lengths, 1)
     row = max(range(len(lengths)), key=lambda r: int((by_response[r] > 0).sum()))
     tokens = batch.tokens[row][-batch.mask.shape[1] :][batch.mask[row]]
-    return [task.characters[token] for token in tokens], by_response[row].cpu()
+    return task.decode(tokens[:, None]), by_response[row].cpu()
 
 
 def ratio(log_ratio: float | None) -> float:
@@ -530,7 +738,7 @@ def compare(given: dict, variants: list[str]) -> int:
         for variant in variants:
             flags = settings({"steps": 60} | given | parse_variant(variant) | {"seed": seed})
             configurations(flags)
-            find_device(flags["device"])
+            Processes(flags["device"], sharded=False)
             folder = out / re.sub(r"[^\w.=,-]", "-", f"seed{seed}-{variant}")
             same = not (folder / "config.json").exists() or read_config(folder) == flags
             expect(same, f"{folder} holds a run with other settings; choose another --out")
@@ -545,7 +753,7 @@ def compare(given: dict, variants: list[str]) -> int:
             else:
                 if (folder / "config.json").exists():
                     shutil.rmtree(folder)  # a run that was killed
-                if code := train(flags, folder, shared_bar=bar):
+                if code := Run(flags, folder).train(bar):
                     return code
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
             histories[variant].append([json.loads(line) for line in log.read_text().splitlines()])
@@ -570,9 +778,9 @@ def compare(given: dict, variants: list[str]) -> int:
 def print_table(table: dict, seeds: int) -> None:
     """A Markdown table: mean ± half a 95 % interval."""
     print(
-        f"\n{seeds} seeds; ± half the 95 % interval of the paired difference to the first row; but"
+        f"\n{seeds} seeds; ± half a 95 % interval: of the paired difference to the first row, in it"
     )
-    print("in the first row, and for removed deviations, of the mean. By mini-step: in %.")
+    print("and for removed deviations of the mean. Columns with a value for every mini-step: in %.")
     names = [name.partition("/")[0] for columns in table.values() for name in columns]
     shown = [n for n in dict.fromkeys(names) if not re.search("agreement|engine|ions_|gained", n)]
     print("| variant | " + " | ".join(shown) + " |\n|" + " --- |" * (len(shown) + 1))
@@ -626,10 +834,9 @@ def draw_run(plot, history: list[dict], tokens: list[str], states: torch.Tensor,
     colours = plot.matplotlib.colors.ListedColormap(list(STATES.values()))
     cells = {"cmap": colours, "vmin": 0, "vmax": 3, "edgecolors": "white", "linewidth": 2}
     grid.pcolormesh(states.tolist(), **cells)
-    grid.set(title="The response with most drift in the last mini-step: tokens and layers")
+    grid.set(title="The response with most drift in the last mini-step", ylabel="layer")
     grid.set_xticks([i + 0.5 for i in range(len(tokens))], tokens, fontfamily="monospace")
     grid.set_yticks([i + 0.5 for i in range(len(states))], range(1, 1 + len(states)))
-    grid.set_ylabel("layer")
     grid.invert_yaxis()
     grid.tick_params(length=0)
     patches = [plot.matplotlib.patches.Patch(color=c, label=name) for name, c in STATES.items()]
@@ -684,23 +891,43 @@ def draw_comparison(table: dict, histories: dict[str, list[list[dict]]], out: Pa
 
 
 def main(arguments: list[str]) -> int:
+    if Processes.rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
     try:
         given, variants = parse(arguments)
+        alone = Processes.count == 1
         if variants is not None:
+            expect(alone, "--compare runs in one process; start it without torchrun")
             return compare(given, variants)
         expect("seeds" not in given, "--seeds belongs to --compare; a single run has a --seed")
         if "resume" in given:
             folder = Path(given.pop("resume"))
-            return train(resumed(given, folder), folder, resume=True)
-        flags = settings(given)
-        new = Path("runs") / (time.strftime("%Y%m%d-%H%M%S-") + flags["method"])
-        return train(flags, Path(given.get("out") or new))
+            run = Run(resumed(given, folder), folder, resume=True)
+        else:
+            expect(alone or "out" in given, "torchrun needs --out, a folder for all processes")
+            flags = settings(given)
+            new = Path("runs") / (time.strftime("%Y%m%d-%H%M%S-") + flags["method"])
+            run = Run(flags, Path(given.get("out") or new))
+            print(f"base model       {run.origin}")
+        step, method = run.progress["step"], run.config.method
+        run.show(f"at step {step}" if step else "before RL")
+        options = {"total": run.flags["steps"], "initial": step, "disable": Processes.rank > 0}
+        with tqdm(desc=f"RL with {method}", **options) as bar:
+            code = run.train(bar)
+        if code == 0:
+            run.report()
+        return code
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # All processes find the same fault in flags and files; one word is enough.
+        if Processes.rank == 0 or dist.is_initialized():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped at once; what was checkpointed before is kept", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
