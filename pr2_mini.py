@@ -736,6 +736,7 @@ class RLConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
     clip: tuple[float, float] | None = None  # low, high; None: (0.2, 0.28), for gspo (3e-4, 4e-4)
+    clip_multiplier: float = 1.0  # of both; inf = no clipping
     alpha: float = 2.0  # learning rate of W_p over the policy's
     predictor_loss: str = "post"
     predictor_beta1: float = 0.0  # ours: with Adam's usual 0.9 the prediction lags behind
@@ -756,6 +757,7 @@ class RLConfig:
         expect(Q % kappa == 0, f"{Q} prompts do not divide into {kappa} equal mini-steps")
         if self.clip is None:
             self.clip = (3e-4, 4e-4) if self.method == "gspo" else (0.2, 0.28)
+        self.clip = tuple(self.clip_multiplier * bound for bound in self.clip)
         self.predicts = self.method.startswith("pr2")
 
 
@@ -783,6 +785,7 @@ class Slice(NamedTuple):
     replay: Tensor | None  # (L, b, P + c - 1, k), the route that the update must take
     reference: Tensor  # (L, n, k), that route at the response tokens; without replay the rollout's
     stale: Tensor  # (L, n, k), top-k of p_old: what replay without prediction would have taken
+    engine: Tensor  # (L, n, k), top-k of the rollout engine's p: what r3 would have taken
     cached: Tensor  # (b, c) bool, a sub-sample of m tokens that train the predictor
     inputs: Tensor | None  # (L, m, D), h_old at those tokens, of a method that predicts
     old_logits: Tensor  # (L, m, N), p_old at those tokens
@@ -810,7 +813,9 @@ def response_logprobs(model, tokens, attend, mask, temperature, **forward) -> tu
 
 
 @torch.no_grad()
-def old_pass(model, config, rollout, advantages, horizon, rows, generator) -> tuple[Slice, dict]:
+def old_pass(
+    model, engine, config, rollout, advantages, horizon, rows, generator
+) -> tuple[Slice, dict]:
     """Old log-probs of some rows by the training engine; and sums of metrics over their tokens."""
     P, mask = rollout.prompt_length, rollout.attend[rows, rollout.prompt_length :]
     c = int(mask.sum(1).max())
@@ -827,6 +832,10 @@ def old_pass(model, config, rollout, advantages, horizon, rows, generator) -> tu
     cached = mask & (draw <= draw.sort(1).values[:, last, None])
     route, p, inputs = at_response(recorded, mask), at_response(trace.logits, mask), None
     own = stale = p.topk(route.shape[-1]).indices.to(route.dtype)
+    unpredicted = stale if config.predicts else route
+    if config.predicts and config.rollout_dtype != "fp32":
+        _, seen = engine(tokens[:, :-1], attend=attend, replay=recorded, head=False)
+        unpredicted = at_response(seen.logits, mask).topk(route.shape[-1]).indices.to(route.dtype)
     if config.predicts:
         h, inputs = (at_response(trace.inputs, m).float() for m in (mask, cached))
         W_p = torch.stack([router.predictor.weight for router in model.routers])
@@ -840,22 +849,23 @@ def old_pass(model, config, rollout, advantages, horizon, rows, generator) -> tu
         "mismatch_route": (shared(route, own) < route.shape[-1]).sum() / len(route),
     }
     route = route if replay is None else at_response(replay, mask)
-    A = advantages[rows]
-    return Slice(tokens, attend, mask, A, old, replay, route, stale, cached, inputs, p_old), sums
+    routes, features = (replay, route, stale, unpredicted), (cached, inputs, p_old)
+    return Slice(tokens, attend, mask, advantages[rows], old, *routes, *features), sums
 
 
 @torch.no_grad()
 def drift(batch: Slice, logits: Tensor) -> dict[str, Tensor]:
     """How far the routers, now at logits (L, n, N), have moved from the routes of the batch.
     Sums over tokens of means over layers, per slot (agreement) or per set of one token in one
-    layer (the others); `stale` is the counterfactual on the same tokens."""
+    layer (the others); `stale` and `engine` are counterfactuals on the same tokens."""
     rho, k = logits.softmax(-1), batch.reference.shape[-1]
     current = rho.topk(k).indices.to(batch.reference.dtype)
-    same, stale = shared(batch.reference, current), shared(batch.stale, current)
-    values = {"agreement": same / k, "stale_agreement": stale / k, "no_deviation": same == k}
-    values |= {"stale_no_deviation": stale == k, "deviations_1": same == k - 1}
-    values |= {"deviations_2": same == k - 2, "deviations_3_or_more": same < k - 2}
-    values |= {"coverage_gap": 1 - rho.gather(-1, batch.reference.long()).sum(-1)}
+    values = {"coverage_gap": 1 - rho.gather(-1, batch.reference.long()).sum(-1)}
+    for name, route in ("stale_", batch.stale), ("engine_", batch.engine), ("", batch.reference):
+        same = shared(route, current)
+        values |= {name + "agreement": same / k, name + "no_deviation": same == k}
+    values |= {"deviations_1": same == k - 1, "deviations_2": same == k - 2}
+    values |= {"deviations_3_or_more": same < k - 2}
     return {name: value.float().mean(0).sum() for name, value in values.items()}
 
 
@@ -1001,7 +1011,7 @@ def collect(
         size = max(1, config.micro_tokens // int(longest)) if config.micro_tokens else Q * G
         mini_steps.append([])
         for rows in mini_batch.split(size):
-            batch, passed = old_pass(model, config, rollout, advantages, m, rows, generator)
+            batch, passed = old_pass(model, engine, config, rollout, advantages, m, rows, generator)
             mini_steps[-1].append(batch)
             for name, value in passed.items():
                 sums[name] += value

@@ -1611,7 +1611,8 @@ def old_slices(model, config, size=8):
     advantages = torch.linspace(-1, 1.5, 8, device=DEVICE)[:, None]
     given = rollout, advantages, torch.full_like(advantages, config.method.startswith("pr2"))
     rows = [slice(start, min(start + size, 8)) for start in range(0, 8, size)]
-    passes = [old_pass(model, config, *given, r, generator) for r in rows]
+    engine = synchronised(model, config.rollout_dtype)
+    passes = [old_pass(model, engine, config, *given, r, generator) for r in rows]
     return rollout, [batch for batch, _ in passes], [sums for _, sums in passes]
 
 
@@ -1652,6 +1653,7 @@ def of_policy(found):
         ({"learning_rate": -1e-4}, "learning_rate is -0.0001"),
         ({"alpha": math.nan}, "alpha is nan"),
         ({"temperature": 0.0}, "temperature is 0"),
+        ({"clip_multiplier": -1.0}, "clip_multiplier is -1.0; expected at least 0"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):
@@ -1665,6 +1667,18 @@ def test_impossible_settings_are_refused(changes, message):
 def test_each_method_has_its_own_clip(method, clip):
     assert tiny_settings(method=method).clip == clip
     assert tiny_settings(method=method, clip=(0.1, 0.3)).clip == (0.1, 0.3)
+
+
+@pytest.mark.parametrize("method", ["pr2", "gspo"])
+def test_clip_range_can_be_widened_until_nothing_is_clipped(method):
+    (low, high), doubled = (
+        tiny_settings(method=method, clip_multiplier=m).clip for m in (1.0, 2.0)
+    )
+    assert doubled == (2 * low, 2 * high)
+    low, high = tiny_settings(method=method, clip_multiplier=math.inf).clip
+    log_ratio = torch.tensor([-9.0, 0.0, 9.0], requires_grad=True)
+    ppo_loss(log_ratio, torch.tensor([1.0, -1.0, 2.0]), low, high).sum().backward()
+    close(log_ratio.grad, -log_ratio.detach().exp() * torch.tensor([1.0, -1.0, 2.0]))
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -1717,6 +1731,24 @@ def test_old_pass_replays_the_rollout_for_r3_and_pr2(method):
     logprobs = logits[:, 4:].log_softmax(-1).gather(-1, batch.tokens[:, 5:, None]).squeeze(-1)
     close(batch.old_logprobs, logprobs * batch.mask)
     assert torch.equal(batch.stale.long(), trace.logits[:, :, 4:][:, batch.mask].topk(2).indices)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_second_counterfactual_is_what_r3_would_have_replayed(method):
+    config = tiny_settings(method=method, rollout_dtype="fp8")
+    model = randomise_predictor(tiny_model())
+    rollout, [batch], _ = old_slices(model, config)
+    rolled = rollout.experts[:, :, : batch.tokens.shape[1] - 1]
+    forward = {"attend": batch.attend, "replay": rolled}
+    p = synchronised(model, "fp8")(batch.tokens[:, :-1], **forward)[1].logits
+    own = p.topk(2).indices if config.predicts else rolled
+    assert torch.equal(batch.engine.long(), own[:, :, 4:][:, batch.mask].long())
+    assert not torch.equal(batch.engine, batch.stale)
+
+
+def test_float32_engine_would_have_replayed_what_is_stale():
+    _, [batch], _ = old_slices(randomise_predictor(tiny_model()), tiny_settings())
+    assert torch.equal(batch.engine, batch.stale)
 
 
 @pytest.mark.parametrize(
@@ -1835,14 +1867,18 @@ def test_drift_of_a_hand_computed_example():
     routes = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4], [5, 0, 4, 1], [4, 5, 6, 0]])
     perfect, wrong = torch.tensor([3, 2, 1, 0]).expand(4, 4), torch.arange(4, 8).expand(4, 4)
     batch = Slice(*[None] * len(Slice._fields))._replace(
-        reference=torch.stack([routes, perfect]), stale=torch.stack([wrong, perfect])
+        reference=torch.stack([routes, perfect]),
+        stale=torch.stack([wrong, perfect]),
+        engine=torch.stack([perfect, wrong]),
     )
     found = drift(batch, rho.log().expand(2, 4, 8))
     expected = {  # sums over four tokens of means over two layers
         "agreement": (1 + 0.75 + 0.5 + 0.25 + 4) / 2,
         "stale_agreement": 4 / 2,
+        "engine_agreement": 4 / 2,
         "no_deviation": (1 + 4) / 2,
         "stale_no_deviation": 4 / 2,
+        "engine_no_deviation": 4 / 2,
         "deviations_1": 1 / 2,
         "deviations_2": 1 / 2,
         "deviations_3_or_more": 1 / 2,
@@ -2257,7 +2293,7 @@ def test_every_diagnostic_is_measured(method):
     once += " seconds_rollout seconds_old_logprobs seconds_update"
     each = "loss clipfrac_low clipfrac_high approx_kl log_ratio_mean log_ratio_max grad_norm"
     each += " skipped agreement stale_agreement no_deviation stale_no_deviation coverage_gap"
-    each += " deviations_1 deviations_2 deviations_3_or_more"
+    each += " deviations_1 deviations_2 deviations_3_or_more engine_agreement engine_no_deviation"
     expected = set(once.split()) | set(each.split())
     expected |= {f"{name}/{i}" for name in each.split() for i in (1, 2)}
     expected |= {"predictor_loss", "predictor_loss/2"} if method.startswith("pr2") else set()
@@ -2662,8 +2698,14 @@ def test_short_run_improves_reward_over_its_start(base, tmp_path):
 
 
 def test_variant_is_a_method_with_settings_changed():
-    flags = train_toy.parse_variant("pr2:alpha=0.3,loss=delta,mini-steps=8")
-    assert flags == {"method": "pr2", "alpha": 0.3, "predictor_loss": "delta", "mini_steps": 8}
+    flags = train_toy.parse_variant("pr2:alpha=0.3,loss=delta,mini-steps=8,clip=inf")
+    changed = {
+        "alpha": 0.3,
+        "predictor_loss": "delta",
+        "mini_steps": 8,
+        "clip_multiplier": math.inf,
+    }
+    assert flags == {"method": "pr2"} | changed
 
 
 @pytest.mark.parametrize(
@@ -2671,6 +2713,7 @@ def test_variant_is_a_method_with_settings_changed():
     [
         ("--compare pr2:beta=1", 'variant "pr2:beta=1" changes "beta", which is not a setting'),
         ("--compare pr2:alpha=big", 'gives alpha the bad value "big"'),
+        ("--compare pr2:clip=-1", "clip_multiplier is -1.0; expected at least 0"),
         ("--compare pr2:seed=1", 'changes "seed", which is not a setting'),
         ("--compare ppo", 'method is "ppo"; expected one of'),
         ("--compare r3 r3", "names r3 twice"),
@@ -2721,6 +2764,17 @@ def test_comparison_writes_its_numbers(compared):
     last = rows(compared[0] / "run" / "seed1-r3")[-1]["reward"]
     assert content["runs"]["r3"][1]["reward at the last rollout"] == last
     assert set(content["table"]) == {"r3", "pr2-cf"}
+
+
+def test_summary_says_which_share_of_the_deviations_was_removed():
+    row = dict.fromkeys(["reward", "greedy_accuracy", "clipfrac_low", "clipfrac_high"], 0.0)
+    row |= dict.fromkeys(["log_ratio_max", "coverage_gap", "approx_kl"], 0.0)
+    row |= dict.fromkeys(["mismatch_logprob", "mismatch_route"], 0.0)
+    row |= {f"seconds_{phase}": 0.0 for phase in pr2_mini.PHASES}
+    row |= {"engine_agreement/1": 0.9, "engine_agreement/2": 0.8}
+    found = train_toy.summary([row | {"agreement/1": 0.9, "agreement/2": 0.85}])
+    assert found["removed/2"] == pytest.approx(25)  # 15 of 20 deviations are left
+    assert found["excess_removed/2"] == pytest.approx(50)  # of the 10 that came after mini-step 1
 
 
 def test_variants_start_from_the_same_base_and_prompts(compared):

@@ -60,6 +60,7 @@ FLAGS = {  # name: (default, help)
     "rollout_dtype": (DEFAULTS.rollout_dtype, "precision of the rollouts: fp32, bf16 or fp8"),
     "learning_rate": (DEFAULTS.learning_rate, "of AdamW"),
     "router_multiplier": (20.0, "learning rate of the routers over the model's"),
+    "clip_multiplier": (DEFAULTS.clip_multiplier, "of the method's clip range, inf = no clipping"),
     "alpha": (DEFAULTS.alpha, "learning rate of the predictors over the model's"),
     "predictor_loss": (DEFAULTS.predictor_loss, "post or delta"),
     "cached_positions": (DEFAULTS.cached_positions, "T_c per response, 0 = all"),
@@ -669,7 +670,6 @@ def summarise(history: list[dict], config: RLConfig) -> None:
 
 # ------------------------------------------------------------------------ Comparison and figures
 
-DEVIATIONS = ("1", "2", "3_or_more")
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 1 to 9
 
 
@@ -679,7 +679,8 @@ def parse_variant(text: str) -> dict:
     flags = {"method": method}
     for change in filter(None, changes.split(",")):
         name, _, value = change.partition("=")
-        name = {"loss": "predictor_loss"}.get(name, name.replace("-", "_"))
+        name = name.replace("-", "_")
+        name = {"loss": "predictor_loss", "clip": "clip_multiplier"}.get(name, name)
         known = name in FLAGS and name not in ONLY_ONCE | {"method", "seed", "steps", "base_dir"}
         expect(known, f'variant "{text}" changes "{name}", which is not a setting; see --help')
         try:
@@ -690,27 +691,29 @@ def parse_variant(text: str) -> dict:
 
 
 def summary(history: list[dict]) -> dict[str, float]:
-    """One number per column of the table, from one run."""
+    """One number per column, from one run; "name/i" belongs to mini-step i, in %. Of the deviating
+    slots that the rollout engine's own top-k would have had there, "removed" is the share that is
+    not there, "excess_removed" the same over those that are there at mini-step 1 already."""
     settled = history[10:] or history  # the learning rate rises over the first ten batches
-
-    def mean(*names: str) -> float:
-        values = [row[name] for row in settled for name in names if row.get(name) is not None]
-        return len(names) * statistics.fmean(values) if values else math.nan
-
-    def seconds(row: dict) -> float:
-        return sum(row[f"seconds_{phase}"] for phase in pr2_mini.PHASES)
-
-    steps = [name.rpartition("/")[2] for name in history[0] if name.startswith("no_deviation/")]
+    mean = {}
+    for name in history[0]:
+        values = [row[name] for row in settled if row.get(name) is not None]
+        mean[name] = statistics.fmean(values) if values else math.nan
     columns = {"reward at the last rollout": history[-1]["reward"]}
-    columns |= {"greedy accuracy": history[-1]["greedy_accuracy"]}
-    for kind in ("no_deviation", "stale_no_deviation", "agreement", "stale_agreement"):
-        columns |= {f"{kind}/{i}": mean(f"{kind}/{i}") for i in steps}
-    columns |= {f"deviations_{n}": mean(f"deviations_{n}/{steps[-1]}") for n in DEVIATIONS}
-    columns |= {"coverage gap": mean("coverage_gap"), "KL": mean("approx_kl")}
-    columns |= {"clipfrac": mean("clipfrac_low", "clipfrac_high")}
+    columns["of the last ten"] = statistics.fmean(row["reward"] for row in history[-10:])
+    columns["greedy accuracy"] = history[-1]["greedy_accuracy"]
+    columns |= {n: 100 * mean[n] for n in mean if re.search("(agreement|deviation.*)/", n)}
+    for i in range(2, 1 + sum(name.startswith("agreement/") for name in mean)):
+        engine, first = columns[f"engine_agreement/{i}"], columns["engine_agreement/1"]
+        gained = columns[f"gained/{i}"] = columns[f"agreement/{i}"] - engine
+        for name, of in (("removed", 100 - engine), ("excess_removed", first - engine)):
+            columns[f"{name}/{i}"] = 100 * gained / of if of > 0 else math.nan
+    columns |= {"coverage gap": mean["coverage_gap"], "KL": mean["approx_kl"]}
+    columns |= {"clipfrac": mean["clipfrac_low"] + mean["clipfrac_high"]}
     columns |= {"largest ratio": max(ratio(row["log_ratio_max"]) for row in settled)}
-    columns |= {"mismatch": mean("mismatch_logprob"), "route mismatch": mean("mismatch_route")}
-    return columns | {"s/step": statistics.median(map(seconds, settled))}
+    columns |= {"mismatch": mean["mismatch_logprob"], "route mismatch": mean["mismatch_route"]}
+    times = [sum(row[f"seconds_{phase}"] for phase in pr2_mini.PHASES) for row in settled]
+    return columns | {"s/step": statistics.median(times)}
 
 
 def interval(values: list[float], base: list[float] | None) -> tuple[float, float]:
@@ -723,113 +726,83 @@ def interval(values: list[float], base: list[float] | None) -> tuple[float, floa
 
 def compare(given: dict, variants: list[str]) -> int:
     """Trains every variant on every seed; writes the table, compare.json and the figure."""
-    variants = variants or list(pr2_mini.METHODS)
+    variants, first = variants or list(pr2_mini.METHODS), given.get("seed", 0)
     seeds, out = given.pop("seeds", FLAGS["seeds"][0]), Path(given.pop("out", "runs/compare"))
     expect(seeds > 0, f"--seeds is {seeds}; expected at least 1")
-    expect(
-        "resume" not in given, "--compare resumes by itself; repeat its command without --resume"
-    )
+    expect("resume" not in given, "--compare resumes by itself; repeat it without --resume")
     expect("method" not in given, "--compare takes methods as variants, not as --method")
     for variant in variants:
         expect(variants.count(variant) == 1, f"--compare names {variant} twice")
     runs = {}
-    for seed in range(given.get("seed", 0), given.get("seed", 0) + seeds):
+    for seed in range(first, first + seeds):
         for variant in variants:
             flags = settings({"steps": 60} | given | parse_variant(variant) | {"seed": seed})
             configurations(flags)
             Processes(flags["device"], sharded=False)
             folder = out / re.sub(r"[^\w.=,-]", "-", f"seed{seed}-{variant}")
-            old = folder / "config.json"
-            same = not old.exists() or read_config(folder) == flags
+            same = not (folder / "config.json").exists() or read_config(folder) == flags
             expect(same, f"{folder} holds a run with other settings; choose another --out")
             runs[variant, seed] = folder, flags
-    histories = {}
+    histories = {variant: [] for variant in variants}
     with tqdm(total=sum(flags["steps"] for _, flags in runs.values()), desc="compare") as bar:
         for (variant, seed), (folder, flags) in runs.items():
             bar.set_description(f"{variant}, seed {seed}")
             log = folder / "metrics.jsonl"
-            done = log.exists() and len(log.read_text().splitlines()) == flags["steps"]
-            if not done:
+            if log.exists() and len(log.read_text().splitlines()) == flags["steps"]:
+                bar.update(flags["steps"])
+            else:
                 if (folder / "config.json").exists():
                     shutil.rmtree(folder)  # a run that was killed
                 if code := Run(flags, folder).train(bar):
                     return code
-            else:
-                bar.update(flags["steps"])
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-            lines = [json.loads(line) for line in log.read_text().splitlines()]
-            histories.setdefault(variant, []).append(lines)
+            histories[variant].append([json.loads(line) for line in log.read_text().splitlines()])
     columns = {variant: list(map(summary, runs)) for variant, runs in histories.items()}
-    table = {}
-    for variant in columns:
-        table[variant] = {}
+    table = {variant: {} for variant in variants}
+    for variant in variants:
         for name in columns[variant][0]:
             base = [run.get(name) for run in columns[variants[0]]]
-            paired = variant != variants[0] and None not in base
+            own = name.startswith(("gained", "removed", "excess"))  # a difference in itself
+            paired = variant != variants[0] and None not in base and not own
             values = [run[name] for run in columns[variant]]
             table[variant][name] = interval(values, base if paired else None)
     result = {"flags": given, "seeds": seeds, "table": table, "runs": columns}
     valid = json.loads(json.dumps(result), parse_constant=lambda _: None)  # no NaN in JSON
     text = json.dumps(valid, indent=1) + "\n"
     write_atomically(out / "compare.json", lambda partial: partial.write_text(text))
-    print_table(table, seeds, variants[0])
-    draw_comparison(histories, out)
+    print_table(table, seeds)
+    draw_comparison(table, histories, out)
     return 0
 
 
-def print_table(table: dict, seeds: int, base: str) -> None:
+def print_table(table: dict, seeds: int) -> None:
     """A Markdown table: mean ± half a 95 % interval."""
-    print(f"\n{seeds} seeds; ± is half the 95 % interval of the paired difference to {base}")
-    shown = [
-        "reward at the last rollout",
-        "greedy accuracy",
-        "no deviation, %",
-        "(stale replay), %",
-    ]
-    shown += [
-        "coverage gap",
-        "clipfrac",
-        "largest ratio",
-        "KL",
-        "mismatch",
-        "route mismatch",
-        "s/step",
-    ]
+    print(
+        f"\n{seeds} seeds; ± half the 95 % interval of the paired difference to the first row; but"
+    )
+    print("in the first row, and for removed deviations, of the mean. By mini-step: in %.")
+    names = [name.partition("/")[0] for columns in table.values() for name in columns]
+    shown = [n for n in dict.fromkeys(names) if not re.search("agreement|engine|ions_|gained", n)]
     print("| variant | " + " | ".join(shown) + " |\n|" + " --- |" * (len(shown) + 1))
     for variant, columns in table.items():
-        cells = []
-        for name in shown:
-            kind = {"no deviation, %": "no_deviation", "(stale replay), %": "stale_no_deviation"}
-            names = (
-                [n for n in columns if n.startswith(kind[name] + "/")] if name in kind else [name]
-            )
-            scale = 100 if name in kind else 1
-            pairs = [(scale * columns[n][0], scale * columns[n][1]) for n in names]
-            cells.append(
-                ", ".join(
-                    f"{mean:.3g}" + (f" ± {width:.1g}" if seeds > 1 else "")
-                    for mean, width in pairs
-                )
-            )
-        print(f"| {variant} | " + " | ".join(cells) + " |")
+        cells = {name: [] for name in shown}
+        for name, (mean, width) in columns.items():
+            cell = f"{mean:.3g}" + (f" ± {width:.2g}" if seeds > 1 else "")
+            cells.get(name.partition("/")[0], []).append(cell)
+        print(f"| {variant} | " + " | ".join(map(", ".join, cells.values())) + " |")
 
 
 def pyplot():
     """matplotlib's pyplot, or None and a word on how to get it."""
     try:
-        import matplotlib
+        import matplotlib.pyplot as plot
     except ImportError:
         print("no figure         pip install matplotlib draws one, for this command run again")
         return None
-    matplotlib.use("Agg")
-    import matplotlib.colors
-    import matplotlib.patches
-    import matplotlib.pyplot
-    import matplotlib.ticker
-
-    matplotlib.pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False})
-    matplotlib.pyplot.rcParams.update({"axes.spines.right": False, "svg.hashsalt": "pr2"})
-    return matplotlib.pyplot
+    plot.switch_backend("Agg")
+    plot.rcParams.update({"font.size": 9, "savefig.dpi": 120, "svg.hashsalt": "pr2"})
+    plot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    return plot
 
 
 STATES = {
@@ -842,102 +815,78 @@ STATES = {
 
 def draw_run(plot, history: list[dict], tokens: list[str], states: torch.Tensor, out: Path) -> None:
     """run.png: reward and agreement over the run, and the routes of one response."""
-    figure = plot.figure(figsize=(9, 5.6))
-    (top, bottom) = figure.subfigures(2, 1, height_ratios=[3, 2])
-    reward, agreement = top.subplots(1, 2)
-    x = [row["step"] for row in history]
-    reward.plot(x, [row["reward"] for row in history], color="#0072B2", label="sampled")
-    greedy = [row["greedy_accuracy"] for row in history]
-    reward.plot(x, greedy, "--", color="#999999", label="greedy, held out")
+    figure = plot.figure(figsize=(9, 5.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[3, 2])
+    (reward, agreement), grid = top.subplots(1, 2), bottom.subplots()
+    last = sum(name.startswith("agreement/") for name in history[0])
+    curves = [
+        (reward, "reward", 1, "#0072B2", "-", "sampled"),
+        (reward, "greedy_accuracy", 1, "#999999", "--", "greedy, held out"),
+        (agreement, f"agreement/{last}", 100, "#D55E00", "-", f"replayed, mini-step {last}"),
+        (agreement, f"stale_agreement/{last}", 100, "#000000", ":", "stale replay there"),
+    ]
+    for axes, name, scale, colour, line, label in curves:
+        values = [scale * row[name] for row in history]
+        axes.plot(range(1, 1 + len(values)), values, line, color=colour, label=label, linewidth=1)
+        axes.legend(frameon=False)
     reward.set(title="Reward", xlabel="rollout batch")
-    last = max(int(name[10:]) for name in history[0] if name.startswith("agreement/"))
-    for name, colour, line in (("agreement", "#D55E00", "-"), ("stale_agreement", "#000000", ":")):
-        label = f"{'stale replay' if 'stale' in name else 'replayed'}, mini-step {last}"
-        values = [100 * row[f"{name}/{last}"] for row in history]
-        agreement.plot(x, values, line, color=colour, label=label, linewidth=1)
     agreement.set(title="Replayed experts that are still current, %", xlabel="rollout batch")
-    reward.legend(frameon=False)
-    agreement.legend(frameon=False)
-    grid = bottom.subplots()
-    colours = list(STATES.values())
-    picture = [[plot.matplotlib.colors.to_rgb(colours[s]) for s in row] for row in states.tolist()]
-    grid.imshow(picture, aspect="auto")
+    colours = plot.matplotlib.colors.ListedColormap(list(STATES.values()))
+    cells = {"cmap": colours, "vmin": 0, "vmax": 3, "edgecolors": "white", "linewidth": 2}
+    grid.pcolormesh(states.tolist(), **cells)
     grid.set(title="The response with most drift in the last mini-step: tokens and layers")
-    grid.set(xticks=range(len(tokens)), yticks=range(len(states)), ylabel="layer")
-    grid.set_xticklabels(tokens, fontfamily="monospace")
-    grid.set_xticks([i - 0.5 for i in range(1, len(tokens))], minor=True)
-    grid.set_yticks([i - 0.5 for i in range(1, len(states))], minor=True)
-    grid.grid(which="minor", color="white", linewidth=2)
-    grid.tick_params(which="both", length=0)
+    grid.set_xticks([i + 0.5 for i in range(len(tokens))], tokens, fontfamily="monospace")
+    grid.set_yticks([i + 0.5 for i in range(len(states))], range(1, 1 + len(states)))
+    grid.set_ylabel("layer")
+    grid.invert_yaxis()
+    grid.tick_params(length=0)
     patches = [plot.matplotlib.patches.Patch(color=c, label=name) for name, c in STATES.items()]
-    grid.legend(
-        handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False
-    )
-    top.subplots_adjust(bottom=0.2, left=0.06, right=0.98)
-    bottom.subplots_adjust(bottom=0.4, left=0.06, right=0.98)
-    figure.savefig(out / "run.png", dpi=150)
+    bottom.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(out / "run.png")
     plot.close(figure)
     print(f"wrote            {out / 'run.png'}")
 
 
-def draw_comparison(histories: dict[str, list[list[dict]]], out: Path) -> None:
-    """compare.png and compare.svg: reward, agreement, deviations and largest ratio."""
-    plot = pyplot()
-    if plot is None:
+COLOURS = ["#000000", "#999999", "#56B4E9", "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7"]
+
+
+def draw_comparison(table: dict, histories: dict[str, list[list[dict]]], out: Path) -> None:
+    """compare.png and compare.svg: reward, agreement, largest ratio, deviations by variant."""
+    if not (plot := pyplot()):
         return
-    colours = [
-        "#000000",
-        "#999999",
-        "#56B4E9",
-        "#0072B2",
-        "#D55E00",
-        "#E69F00",
-        "#009E73",
-        "#CC79A7",
-    ]
-    markers = "osv^DPX*"
-    figure, ((reward, agreement), (bars, largest)) = plot.subplots(2, 2, figsize=(9, 6.4))
+    figure, axes = plot.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
+    (reward, agreement), (largest, bars) = axes
     for number, (variant, runs) in enumerate(histories.items()):
-        style = {"color": colours[number % 8], "label": variant, "linewidth": 1.4}
-
-        def curve(name: str, runs: list = runs) -> list[float]:
-            rows = zip(*[[row[name] or 0.0 for row in run] for run in runs], strict=True)
-            return [statistics.fmean(row) for row in rows]
-
-        def settled(name: str, runs: list = runs) -> float:
-            rows = [row[name] for run in runs for row in run[10:] or run if row[name] is not None]
-            return 100 * statistics.fmean(rows)
-
-        raw = curve("reward")
+        mean = {name: value for name, (value, _) in table[variant].items()}
+        style = {"color": COLOURS[number % 8], "linestyle": "-" if number < 8 else "--"}
+        marker = style | {"marker": "osv^DPX*"[number % 8], "markersize": 5}
+        batches = list(zip(*runs, strict=True))  # the rows of all seeds
+        raw = [statistics.fmean(row["reward"] for row in rows) for rows in batches]
         smooth = [statistics.fmean(raw[max(0, i - 4) : i + 1]) for i in range(len(raw))]
-        reward.plot(range(1, len(smooth) + 1), smooth, **style)
-        steps = [n.rpartition("/")[2] for n in runs[0][0] if n.startswith("no_deviation/")]
-        x = [int(i) for i in steps]
-        agreement.plot(
-            x, [settled(f"no_deviation/{i}") for i in steps], marker=markers[number % 8], **style
-        )
-        if variant not in ("grpo", "gspo"):
-            stale = [settled(f"stale_no_deviation/{i}") for i in steps]
-            agreement.plot(x, stale, ":", color=style["color"], linewidth=1)
-        places = [n + 0.8 * (number + 0.5) / len(histories) - 0.4 for n in range(3)]
-        heights = [settled(f"deviations_{n}/{steps[-1]}") for n in DEVIATIONS]
-        bars.bar(places, heights, 0.8 / len(histories), color=style["color"])
-        peaks = [max(ratio(run[i]["log_ratio_max"]) for run in runs) for i in range(len(runs[0]))]
-        largest.semilogy(range(1, len(peaks) + 1), peaks, **style)
+        reward.plot(range(1, 1 + len(smooth)), smooth, **style)
+        peaks = [max(ratio(row["log_ratio_max"]) for row in rows) for rows in batches]
+        largest.semilogy(range(1, 1 + len(peaks)), peaks, **style)
+        x = range(1, 1 + sum(name.startswith("agreement/") for name in mean))
+        agreement.plot(x, [mean[f"no_deviation/{i}"] for i in x], **marker)
+        engine = [mean[f"engine_no_deviation/{i}"] for i in x]
+        agreement.plot(x, engine, ":", color=style["color"], linewidth=1)
+        end = 0
+        for name, opacity in (("1", 1), ("2", 0.6), ("3_or_more", 0.3)):
+            height = mean[f"deviations_{name}/{x[-1]}"]
+            bars.barh(number, height, left=end, color=style["color"], alpha=opacity)
+            end += height
+        bars.plot(end, number, **marker)
+        bars.plot(100 - engine[-1], number, "|", color="black", markersize=14)
     reward.set(title="Reward (mean of 5 batches)", xlabel="rollout batch")
-    agreement.set(title="Sets without deviation, % (dotted: stale replay)", xlabel="mini-step i")
-    agreement.xaxis.get_major_locator().set_params(integer=True)
-    bars.set(title="Sets with deviating experts, last mini-step, %", xticks=range(3))
-    bars.set_xticklabels(["1", "2", "3 or more"])
-    largest.yaxis.set_major_formatter(plot.matplotlib.ticker.FormatStrFormatter("%g"))
-    largest.yaxis.set_minor_formatter(plot.matplotlib.ticker.NullFormatter())
     largest.set(title="Largest PPO ratio of a batch", xlabel="rollout batch")
-    figure.legend(
-        *reward.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False
-    )
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    agreement.set(title="Sets without deviation, %", xlabel="mini-step i (dotted: no prediction)")
+    agreement.xaxis.get_major_locator().set_params(integer=True)
+    bars.set(title="Sets with 1, 2, more deviations at the last i, %")
+    bars.set_xlabel("black line: without prediction")
+    bars.set_yticks(range(len(histories)), histories)
+    bars.invert_yaxis()
     for kind in ("png", "svg"):
-        figure.savefig(out / f"compare.{kind}", dpi=150)
+        figure.savefig(out / f"compare.{kind}")
     plot.close(figure)
     print(f"wrote            {out}/compare.json, compare.png, compare.svg")
 
