@@ -788,7 +788,7 @@ class Slice(NamedTuple):
     engine: Tensor  # (L, n, k), top-k of the rollout engine's p: what r3 would have taken
     cached: Tensor  # (b, c) bool, a sub-sample of m tokens that train the predictor
     inputs: Tensor | None  # (L, m, D), h_old at those tokens, of a method that predicts
-    old_logits: Tensor  # (L, m, N), p_old at those tokens
+    old_logits: Tensor | None  # (L, m, N), p_old at those tokens
 
 
 def at_response(values: Tensor, mask: Tensor) -> Tensor:
@@ -830,18 +830,19 @@ def old_pass(
     draw = torch.rand(mask.shape, device=mask.device, generator=generator).masked_fill(~mask, 2.0)
     last = min(config.cached_positions or c, c) - 1
     cached = mask & (draw <= draw.sort(1).values[:, last, None])
-    route, p, inputs = at_response(recorded, mask), at_response(trace.logits, mask), None
+    route, p = at_response(recorded, mask), at_response(trace.logits, mask)
+    inputs = p_old = None
     own = stale = p.topk(route.shape[-1]).indices.to(route.dtype)
     unpredicted = stale if config.predicts else route
     if config.predicts and config.rollout_dtype != "fp32":
         _, seen = engine(tokens[:, :-1], attend=attend, replay=recorded, head=False)
         unpredicted = at_response(seen.logits, mask).topk(route.shape[-1]).indices.to(route.dtype)
     if config.predicts:
-        h, inputs = (at_response(trace.inputs, m).float() for m in (mask, cached))
+        inputs, p_old = (at_response(values, cached) for values in (trace.inputs, trace.logits))
         W_p = torch.stack([router.predictor.weight for router in model.routers])
-        b = horizon[rows].expand(mask.shape)[mask][:, None] * (h @ W_p.mT)
-        own = (p + b).topk(route.shape[-1]).indices.to(route.dtype)
-    p_old = at_response(trace.logits, cached)
+        b = at_response(trace.inputs, mask).float() @ W_p.mT
+        m = horizon[rows].expand(mask.shape)[mask][:, None]
+        own = (p + m * b).topk(route.shape[-1]).indices.to(route.dtype)
     sums = {
         "entropy": -old.sum(),  # of the sampled tokens, an unbiased estimate
         "mismatch_logprob": (rollout.logprobs[rows, :c] - old).abs().sum(),
@@ -943,7 +944,7 @@ def mini_step(model, optimizer, config, batches, i, V=None, gather=alone) -> dic
         loss = (ppo_loss(surrogate, batch.advantages, low, high) * weight).sum()
         sums["loss"] += loss.detach()
         if config.predicts and i > 1:  # At i = 1 nothing has drifted yet.
-            inputs = batch.inputs * horizon_after(i - 1, config)
+            inputs = batch.inputs.float() * horizon_after(i - 1, config)
             p_old, p = batch.old_logits, at_response(trace.logits, batch.cached)
             W_p = torch.stack([router.predictor.weight for router in model.routers])
             surprise = predictor_loss(inputs, p_old, p, W_p, config.predictor_loss) / cached

@@ -26,6 +26,7 @@ import sys
 import time
 import warnings
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -666,6 +667,42 @@ def summarise(history: list[dict], config: RLConfig) -> None:
     )
     seconds = [f"{name} {mean(f'seconds_{name}', history):.3f}" for name in pr2_mini.PHASES]
     print(f"seconds per step {', '.join(seconds)}")
+
+
+def memory(config: ModelConfig, rl: RLConfig, trainable: str, processes: int) -> dict[str, float]:
+    """Most bytes that each kind of thing takes on one of the processes of a `--checkpoint` run
+    (ours), with prompts of 64 tokens and responses that all have full length."""
+    trained, numbers = re.compile(trainable), defaultdict(int)
+    for name, p in pr2_mini.empty_model(config, torch.float32, "meta").named_parameters():
+        share = p.numel() / (1 if ".router." in name else processes)
+        learns = trained.search(name) or ".predictor." in name
+        numbers["whole" if ".router." in name else "sharded"] += share
+        numbers["trained"] += share if learns else 0
+    L, D, N = (
+        config.num_hidden_layers - len(config.dense_layers),
+        config.hidden_size,
+        config.num_experts,
+    )
+    k, width, head = config.num_experts_per_tok, config.moe_intermediate_size, config.head_dim
+    query, key = config.num_attention_heads * head, config.num_key_value_heads * head
+    rows, length = rl.prompts * rl.samples // processes, 64 + rl.max_new_tokens - 1
+    cached = rows * min(rl.cached_positions or rl.max_new_tokens, rl.max_new_tokens)
+    tokens = min(rl.micro_tokens or rows * length // rl.mini_steps, rows * length // rl.mini_steps)
+    number = 4 if rl.rollout_dtype == "fp32" else 2
+    block = 2 * (D * (2 * query + 2 * key) + 3 * N * D * width)
+    inside = 2 * (6 * D + 4 * (query + 2 * key) + k * (2 * D + 5 * width)) + 4 * 4 * N
+    return {
+        "weights, float32": 4 * (numbers["sharded"] + numbers["whole"]),
+        "gradients": 4 * numbers["trained"],
+        "AdamW": 8 * numbers["trained"],
+        "rollout engine": number * numbers["sharded"] + 4 * numbers["whole"],
+        "two whole blocks, head and embedding, bfloat16": 2 * block + 4 * config.vocab_size * D,
+        "keys and values of a rollout": number * 2 * config.num_hidden_layers * rows * length * key,
+        "activations": tokens * (2 * config.num_hidden_layers * D + 8 * L * N + inside)
+        + 3 * 4 * min(tokens, 8192) * config.vocab_size,
+        "routes": rows * length * L * k * (1 if N <= 256 else 2),
+        "cached features": cached * L * (2 * D + 4 * N) if rl.predicts else 0,
+    }
 
 
 # ------------------------------------------------------------------------ Comparison and figures
