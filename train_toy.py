@@ -78,9 +78,10 @@ FLAGS = {  # name: (default, help)
     "out": ("", "folder of the run; by default a new one in runs/"),
     "save_every": (20, "rollout batches between checkpoints"),
     "resume": ("", "folder of a run to continue"),
+    "memory": (0, "print what a --checkpoint run on so many processes needs, and stop"),
     "seeds": (3, "runs per variant of --compare"),
 }
-ONLY_ONCE = {"out", "resume", "seeds"}  # flags that are not settings of a run
+ONLY_ONCE = {"out", "resume", "memory", "seeds"}  # flags that are not settings of a run
 # Other defaults with --checkpoint: large models learn slowly, and their routers need no help.
 PUBLISHED = {"learning_rate": 1e-6, "router_multiplier": 1.0, "alpha": 1000.0}
 PUBLISHED |= {"rollout_dtype": "bf16", "micro_tokens": 16384}
@@ -705,6 +706,19 @@ def memory(config: ModelConfig, rl: RLConfig, trainable: str, processes: int) ->
     }
 
 
+def print_memory(given: dict) -> None:
+    flags = settings(given)
+    expect(flags["checkpoint"], "--memory needs --checkpoint; the toy fits everywhere")
+    expect(given["memory"] > 0, f"--memory is {given['memory']}; expected a number of processes")
+    _, model_config, config = configurations(flags)
+    needs = memory(model_config, config, flags["trainable"], given["memory"])
+    for name, size in [
+        *needs.items(),
+        ("all, if all were at their most at once", sum(needs.values())),
+    ]:
+        print(f"{size / 1e9:8.2f} GB  {name}")
+
+
 # ------------------------------------------------------------------------ Comparison and figures
 
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 1 to 9
@@ -938,6 +952,9 @@ def main(arguments: list[str]) -> int:
             expect(alone, "--compare runs in one process; start it without torchrun")
             return compare(given, variants)
         expect("seeds" not in given, "--seeds belongs to --compare; a single run has a --seed")
+        if "memory" in given:
+            print_memory(given)
+            return 0
         if "resume" in given:
             folder = Path(given.pop("resume"))
             run = Run(resumed(given, folder), folder, resume=True)
