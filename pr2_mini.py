@@ -524,11 +524,12 @@ def save_checkpoint(model: MoETransformer, path: Path, fold: bool | float) -> No
     files, size = defaultdict(dict), 0
     for name in [name for name in tensors if ".predictor." in name]:
         gate, W_p = name.replace(".predictor", ""), tensors.pop(name)
-        W = tensors[gate].float() + fold * W_p
-        exact = torch.equal(W.to(dtype).float(), W)  # false for what was trained in float32
-        tensors[gate] = W.to(dtype) if exact and fold is False else W
-        if fold is False:
+        W = tensors[gate].float()
+        if fold is False:  # and a router that has been trained in float32 stays in float32
+            tensors[gate] = W.to(dtype) if torch.equal(W.to(dtype).float(), W) else W
             files[f"predictor/{SINGLE}"][name] = W_p
+        else:
+            tensors[gate] = W + fold * W_p
     total = sum(tensor.nbytes for tensor in tensors.values())
     for name, tensor in tensors.items():
         file = f"model-{size // SHARD_BYTES + 1:05}-of-{-(-total // SHARD_BYTES):05}.safetensors"

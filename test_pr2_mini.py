@@ -785,6 +785,25 @@ def test_rotary_positions_far_out_are_those_of_transformers(tmp_path):
     assert torch.equal(sine[:, :, 0, 8:], expected[1][..., 8:])
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_empty_model_is_complete_but_for_the_weights(tie):
+    model = pr2_mini.empty_model(tiny_config(tie_word_embeddings=tie), torch.bfloat16, DEVICE)
+    like, found = tiny_model(tie_word_embeddings=tie).state_dict(), model.state_dict()
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in like.items()}
+    for name, tensor in found.items():
+        assert tensor.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
+        assert tensor.device.type == DEVICE
+    assert (model.lm_head.weight is model.embed.weight) == tie
+    for router in model.routers:
+        assert not router.predictor.weight.any() and not router.gain.any()
+
+
+def test_empty_model_draws_no_random_numbers():
+    state = torch.get_rng_state()
+    pr2_mini.empty_model(tiny_config(), torch.float32, DEVICE)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_weights_have_the_dtype_asked_and_routers_float32(kind, tmp_path):
     theirs(kind, tmp_path)
