@@ -372,9 +372,9 @@ def shared(route: Tensor, other: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- 2. Real checkpoints
 # qk_norm: model_type; class; where a layer has its MoE; gate, up and down matrix of an expert.
 FAMILIES = {
-    "head": ("qwen3_moe", "Qwen3Moe", "mlp", ("gate_proj", "up_proj", "down_proj")),
-    "full": ("olmoe", "Olmoe", "mlp", ("gate_proj", "up_proj", "down_proj")),
-    "none": ("mixtral", "Mixtral", "block_sparse_moe", ("w1", "w3", "w2")),
+    "head": ("qwen3_moe", "Qwen3MoeForCausalLM", "mlp", ("gate_proj", "up_proj", "down_proj")),
+    "full": ("olmoe", "OlmoeForCausalLM", "mlp", ("gate_proj", "up_proj", "down_proj")),
+    "none": ("mixtral", "MixtralForCausalLM", "block_sparse_moe", ("w1", "w3", "w2")),
 }
 # Any other value of these keys of config.json asks for something that is not implemented.
 ONLY = {"attention_bias": False, "clip_qkv": None, "hidden_act": "silu", "sliding_window": 0}
@@ -421,24 +421,22 @@ def config_from(given: dict) -> ModelConfig:
     values |= {"tie_word_embeddings": False, "mlp_only_layers": (), "decoder_sparse_step": 1}
     values = defaultdict(int, values | given)  # what is missing is 0, which ModelConfig refuses
     values["sliding_window"] *= values.get("use_sliding_window", True)
-    only = ONLY | {"architectures": [FAMILIES[norms[kind]][1] + "ForCausalLM"]}
-    for key, value in only.items():
+    for key, value in (ONLY | {"architectures": [FAMILIES[norms[kind]][1]]}).items():
         asked = values.get(key, value)
         expect(asked == value, f"config.json has {key} {asked!r:.60}; only {value} is implemented")
-    L, skip = values["num_hidden_layers"], values["mlp_only_layers"]
-    dense = [l for l in range(L) if l in skip or (l + 1) % values["decoder_sparse_step"]]
-    dense = dense if qwen else ()  # the others have an MLP in no layer
+    L, step = values["num_hidden_layers"], values["decoder_sparse_step"]
+    dense = [l for l in range(L) if qwen and (l in values["mlp_only_layers"] or (l + 1) % step)]
     values |= {"qk_norm": norms[kind], "dense_layers": dense}
-    values |= {"intermediate_size": width if dense else 0}
+    values["intermediate_size"] = width if dense else 0
     values |= {"olmoe": {"head_dim": size}, "mixtral": {"norm_topk_prob": True}}.get(kind, {})
     return ModelConfig(**{field.name: values[field.name] for field in fields(ModelConfig)})
 
 
 def config_json(model: MoETransformer) -> dict:
     """The source's config.json, else one of our own; refuses a model that it does not describe."""
-    config, (kind, name, *_) = model.config, FAMILIES[model.config.qk_norm]
+    config, (kind, architecture, *_) = model.config, FAMILIES[model.config.qk_norm]
     given = vars(config) | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    given |= {"model_type": kind, "architectures": [name + "ForCausalLM"]}
+    given |= {"model_type": kind, "architectures": [architecture]}
     given |= {"mlp_only_layers": config.dense_layers, "num_local_experts": config.num_experts}
     given["intermediate_size"] = config.intermediate_size or config.moe_intermediate_size
     given = read(model.source / "config.json") if model.source else given
@@ -513,10 +511,10 @@ def load_checkpoint(path: Path, dtype: torch.dtype, device) -> MoETransformer:
 
 @torch.no_grad()
 def save_checkpoint(model: MoETransformer, path: Path, fold: bool | float) -> None:
-    """Fills a new folder, all or nothing. fold = m (True is 1) writes W + m W_p, in float32, as the
-    router: unmodified engines then route and weight as `horizon=m` does here. False keeps W_p in
-    predictor/, since engines read every file at the top. Raises ValueError if `path` exists or no
-    family of checkpoints fits the config."""
+    """Fills a new folder, all or nothing. fold = m (True is 1) writes W + m W_p as the router, in
+    float32: unmodified engines then route and weight as `horizon=m` does here. False keeps W_p in
+    predictor/, where they do not look. Raises ValueError if the folder exists or cannot say what
+    the model is."""
     expect(not path.exists(), f"{path} exists; choose another folder")
     expect(math.isfinite(fold), f"fold_predictor is {fold}; expected a horizon")
     save_file, texts = import_safetensors().save_file, {"config.json": config_json(model)}
@@ -525,7 +523,7 @@ def save_checkpoint(model: MoETransformer, path: Path, fold: bool | float) -> No
     for name in [name for name in tensors if ".predictor." in name]:
         gate, W_p = name.replace(".predictor", ""), tensors.pop(name)
         W = tensors[gate].float()
-        if fold is False:  # and a router that has been trained in float32 stays in float32
+        if fold is False:  # a router that has been trained in float32 stays in float32
             tensors[gate] = W.to(dtype) if torch.equal(W.to(dtype).float(), W) else W
             files[f"predictor/{SINGLE}"][name] = W_p
         else:

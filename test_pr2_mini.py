@@ -785,8 +785,21 @@ def test_rotary_positions_far_out_are_those_of_transformers(tmp_path):
     assert torch.equal(sine[:, :, 0, 8:], expected[1][..., 8:])
 
 
+@pytest.fixture
+def dirty_memory(monkeypatch):
+    """Uninitialised memory that is never zero by chance."""
+    to_empty = MoETransformer.to_empty
+
+    def fill(model, **options):
+        to_empty(model, **options)
+        for tensor in model.state_dict().values():
+            tensor.fill_(math.nan)
+
+    monkeypatch.setattr(MoETransformer, "to_empty", fill)
+
+
 @pytest.mark.parametrize("tie", [False, True])
-def test_empty_model_is_complete_but_for_the_weights(tie):
+def test_empty_model_is_complete_but_for_the_weights(tie, dirty_memory):
     model = pr2_mini.empty_model(tiny_config(tie_word_embeddings=tie), torch.bfloat16, DEVICE)
     like, found = tiny_model(tie_word_embeddings=tie).state_dict(), model.state_dict()
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in like.items()}
@@ -796,6 +809,15 @@ def test_empty_model_is_complete_but_for_the_weights(tie):
     assert (model.lm_head.weight is model.embed.weight) == tie
     for router in model.routers:
         assert not router.predictor.weight.any() and not router.gain.any()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_loading_writes_every_weight(kind, tie, stacked, dirty_memory, tmp_path):
+    reference = theirs(kind, tie_word_embeddings=tie)
+    reference.save_pretrained(tmp_path, save_original_format=not stacked)
+    assert all(tensor.isfinite().all() for tensor in ours(tmp_path).state_dict().values())
 
 
 def test_empty_model_draws_no_random_numbers():
