@@ -775,6 +775,29 @@ def test_keys_that_published_configs_leave_out_have_their_defaults(kind, tmp_pat
     compare(ours(tmp_path), reloaded(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "billions"),
+    [  # Qwen3-30B-A3B, OLMoE-1B-7B and Mixtral-8x7B
+        (("qwen3_moe", 151936, 2048, 48, 32, 4, 128, 6144, 768, 128, 8), 30.5),
+        (("olmoe", 50304, 2048, 16, 16, 16, None, 1024, None, 64, 8), 6.9),
+        (("mixtral", 32000, 4096, 32, 32, 8, None, 14336, None, 8, 2), 46.7),
+    ],
+)
+def test_published_sizes_give_as_many_weights_as_in_transformers(sizes, billions):
+    needs_extras()
+    keys = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    keys += ("num_key_value_heads", "head_dim", "intermediate_size", "moe_intermediate_size")
+    keys += ("num_local_experts", "num_experts_per_tok")
+    given = dict(zip(keys, sizes, strict=True)) | {"max_position_embeddings": 4096}
+    model = pr2_mini.empty_model(pr2_mini.config_from(given), torch.bfloat16, "meta")
+    found = {n: t.numel() for n, t in pr2_mini.disk_tensors(model).items() if "predictor" not in n}
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**{k: v for k, v in given.items() if v})
+        reference = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(found.values()) == sum(weight.numel() for weight in reference.parameters())
+    assert round(sum(found.values()) / 1e9, 1) == billions
+
+
 @torch.no_grad()
 def test_rotary_positions_far_out_are_those_of_transformers(tmp_path):
     changes = {"max_position_embeddings": 40_000, "rope_parameters": {"rope_theta": 1e6}}
