@@ -358,22 +358,12 @@ class MoETransformer(nn.Module):
         return rotary, torch.where(visible, 0.0, -math.inf).to(dtype)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-    ) -> "MoETransformer":
-        """Loads a Hugging Face folder of type qwen3_moe, olmoe or mixtral, and W_p if it is there.
-        Routers are float32 whatever the dtype. Raises ValueError for a damaged folder and for a
-        config that asks for something this file does not implement."""
+    def from_pretrained(cls, path: str | Path, dtype=torch.float32, device="cpu"):
+        """The model in a Hugging Face folder, and W_p if it is there: see `load_checkpoint`."""
         return load_checkpoint(Path(path).resolve(), dtype, device)
 
     def save_pretrained(self, path: str | Path, fold_predictor: bool | float = False) -> None:
-        """Writes a new folder that transformers, and engines that read its format, load.
-        fold_predictor = m (True is 1) writes W + m W_p, in float32, as the router: unmodified
-        engines then route and weight as `horizon=m` does here. False keeps W_p in predictor/.
-        Raises ValueError if the folder exists or no family of checkpoints fits the config."""
+        """Writes a new Hugging Face folder: see `save_checkpoint`."""
         save_checkpoint(self, Path(path).resolve(), fold_predictor)
 
     def check_replay(self, replay: Tensor, expected: tuple[int, ...]) -> None:
@@ -395,12 +385,11 @@ def shared(route: Tensor, other: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------- 2. Real checkpoints
-# model_type: class in transformers; query-key norm; where a layer has router and experts; gate, up
-# and down matrix of an expert; rms_norm_eps and rope_theta where config.json says nothing.
+# qk_norm: model_type; class; where a layer has its MoE; gate, up and down matrix of an expert.
 FAMILIES = {
-    "qwen3_moe": ("Qwen3Moe", "head", "mlp", ("gate_proj", "up_proj", "down_proj"), 1e-6, 1e4),
-    "olmoe": ("Olmoe", "full", "mlp", ("gate_proj", "up_proj", "down_proj"), 1e-5, 1e4),
-    "mixtral": ("Mixtral", "none", "block_sparse_moe", ("w1", "w3", "w2"), 1e-5, 1e6),
+    "head": ("qwen3_moe", "Qwen3MoeForCausalLM", "mlp", ("gate_proj", "up_proj", "down_proj")),
+    "full": ("olmoe", "OlmoeForCausalLM", "mlp", ("gate_proj", "up_proj", "down_proj")),
+    "none": ("mixtral", "MixtralForCausalLM", "block_sparse_moe", ("w1", "w3", "w2")),
 }
 # Any other value of these keys of config.json asks for something that is not implemented.
 ONLY = {"attention_bias": False, "clip_qkv": None, "hidden_act": "silu", "sliding_window": 0}
@@ -437,22 +426,22 @@ def config_from(given: dict) -> ModelConfig:
     """What a config.json describes; refuses by name what is not implemented here."""
     given = given | (given.get("rope_scaling") or given.get("rope_parameters") or {})
     given = {key: value for key, value in given.items() if value is not None}
-    kind, heads = given.get("model_type"), given.get("num_attention_heads", 0)
-    expect(kind in FAMILIES, f'model_type is "{kind}"; expected one of {", ".join(FAMILIES)}')
-    name, qk_norm, *_, eps, theta = FAMILIES[kind]
-    size, width = given.get("hidden_size", 0) // max(heads, 1), given.get("intermediate_size", 0)
-    values = {"rms_norm_eps": eps, "rope_theta": theta, "num_key_value_heads": heads}
-    values |= {"head_dim": size, "norm_topk_prob": False, "tie_word_embeddings": False}
+    kind, norms = given.get("model_type"), {family[0]: norm for norm, family in FAMILIES.items()}
+    expect(kind in norms, f'model_type is "{kind}"; expected one of {", ".join(norms)}')
+    qwen, mixtral, heads = kind == "qwen3_moe", kind == "mixtral", given.get("num_attention_heads")
+    size, width = given.get("hidden_size", 0) // (heads or 1), given.get("intermediate_size", 0)
+    values = {"rms_norm_eps": 1e-6 if qwen else 1e-5, "rope_theta": 1e6 if mixtral else 1e4}
+    values |= {"num_key_value_heads": heads, "head_dim": size, "norm_topk_prob": mixtral}
     values |= {"num_experts": given.get("num_local_experts", 0), "moe_intermediate_size": width}
-    values |= {"use_sliding_window": True, "mlp_only_layers": (), "decoder_sparse_step": 1}
+    values |= {"tie_word_embeddings": False, "mlp_only_layers": (), "decoder_sparse_step": 1}
     values = defaultdict(int, values | given)  # what is missing is 0, which ModelConfig refuses
-    values["sliding_window"] *= values["use_sliding_window"]
-    for key, value in (ONLY | {"architectures": [name + "ForCausalLM"]}).items():
+    values["sliding_window"] *= values.get("use_sliding_window", True)
+    for key, value in (ONLY | {"architectures": [FAMILIES[norms[kind]][1]]}).items():
         asked = values.get(key, value)
         expect(asked == value, f"config.json has {key} {asked!r:.60}; only {value} is implemented")
-    dense, step = values["mlp_only_layers"], values["decoder_sparse_step"]
-    dense = [l for l in range(values["num_hidden_layers"]) if l in dense or (l + 1) % step]
-    values |= {"qk_norm": qk_norm, "dense_layers": dense}
+    L, step = values["num_hidden_layers"], values["decoder_sparse_step"]
+    dense = [l for l in range(L) if qwen and (l in values["mlp_only_layers"] or (l + 1) % step)]
+    values |= {"qk_norm": norms[kind], "dense_layers": dense}
     values["intermediate_size"] = width if dense else 0
     values |= {"olmoe": {"head_dim": size}, "mixtral": {"norm_topk_prob": True}}.get(kind, {})
     return ModelConfig(**{field.name: values[field.name] for field in fields(ModelConfig)})
@@ -460,67 +449,67 @@ def config_from(given: dict) -> ModelConfig:
 
 def config_json(model: MoETransformer) -> dict:
     """The source's config.json, else one of our own; refuses a model that it does not describe."""
-    config, ids = model.config, ("bos_token_id", "eos_token_id", "pad_token_id")
-    kind = next(kind for kind, family in FAMILIES.items() if family[1] == config.qk_norm)
-    given = dict.fromkeys(ids) | vars(config) | {"model_type": kind, "hidden_act": "silu"}
-    given |= {"architectures": [FAMILIES[kind][0] + "ForCausalLM"], "decoder_sparse_step": 1}
-    given |= {"mlp_only_layers": given.pop("dense_layers"), "num_local_experts": config.num_experts}
-    if given.pop("qk_norm") != "head":  # these families have an MLP in no layer
-        given |= {"mlp_only_layers": (), "intermediate_size": config.moe_intermediate_size}
+    config, (kind, architecture, *_) = model.config, FAMILIES[model.config.qk_norm]
+    given = vars(config) | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    given |= {"model_type": kind, "architectures": [architecture]}
+    given |= {"mlp_only_layers": config.dense_layers, "num_local_experts": config.num_experts}
+    given["intermediate_size"] = config.intermediate_size or config.moe_intermediate_size
     given = read(model.source / "config.json") if model.source else given
     given["torch_dtype"] = given["dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
-    for name, value in vars(config_from(given)).items():
-        own = getattr(config, name)
-        expect(own == value, f"{name} {own} cannot be saved: {kind} checkpoints have {value}")
+    wrong = dict(vars(config).items() - vars(config_from(given)).items())
+    expect(not wrong, f"a {kind} checkpoint cannot have {wrong}")
     return given
 
 
-def disk_tensors(model: MoETransformer) -> dict[str, Tensor]:
-    """Hugging Face's names -> our weights, or the parts of fused and stacked ones; and W_p."""
-    place, matrices = next(f[2:4] for f in FAMILIES.values() if f[1] == model.config.qk_norm)
-    fused = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": matrices[:2], "down": matrices[2:]}
-    names, tensors = NAMES | {"moe": place}, {}
+def disk_tensors(model: MoETransformer, stacked: bool = False) -> dict[str, Tensor]:
+    """Hugging Face's names -> our weights and W_p, or the parts of those that are fused here.
+    stacked: all experts of a layer in one tensor, which transformers 5 can be told to write."""
+    *_, place, (gate, up, down) = FAMILIES[model.config.qk_norm]
+    fused = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": (gate, up), "down": (down,)}
+    names, tensors = NAMES | {"moe": "mlp" if stacked else place}, {}
     for name, weight in model.named_parameters():  # among which a tied lm_head is not
         *at, last = (names.get(word, word) for word in name.removesuffix(".weight").split("."))
-        parts, rows = fused.get(last, (last,)), max(weight.dim() - 2, 0)
-        sizes = (
-            model.blocks[0].attention.widths if last == "qkv" else weight.shape[rows] // len(parts)
-        )
-        for part, tensor in zip(parts, weight.detach().split(sizes, rows), strict=True):
-            if tensor.dim() < 3:
-                tensors[".".join([*at, part, "weight"])] = tensor
-            else:
-                for expert, matrix in enumerate(tensor):
-                    tensors[".".join([*at, "experts", str(expert), part, "weight"])] = matrix
+        parts, at, weight = fused.get(last, (last,)), ".".join([*at, ""]), weight.detach()
+        if weight.dim() == 3 and stacked:
+            tensors[f"{at}experts.{last}_proj"] = weight
+            continue
+        for i, matrix in enumerate(weight if weight.dim() == 3 else weight[None]):
+            inside = f"experts.{i}." if weight.dim() == 3 else ""
+            sizes = model.blocks[0].attention.widths if last == "qkv" else len(matrix) // len(parts)
+            for part, tensor in zip(parts, matrix.split(sizes), strict=True):
+                tensors[f"{at}{inside}{part}.weight"] = tensor
     return tensors
 
 
 @torch.no_grad()
-def empty_model(config: ModelConfig, dtype: torch.dtype, device: str | torch.device):
-    """A MoETransformer whose weights are not set yet, but for zero routers, in float32."""
+def empty_model(config: ModelConfig, dtype: torch.dtype, device) -> MoETransformer:
+    """A model on uninitialised memory, but for W_p and the gain, zero; its routers are float32."""
     with torch.device("meta"):  # no memory yet, and no random weights
         model = MoETransformer(config).to(dtype)
     model.to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed.weight  # to_empty has torn them apart
     for router in model.routers:
-        for tensor in router.float().state_dict().values():
-            tensor.zero_()
+        router.float().predictor.weight.zero_()
+        router.gain.zero_()
     return model
 
 
 @torch.no_grad()
-def load_checkpoint(path: Path, dtype: torch.dtype, device: str | torch.device) -> MoETransformer:
-    """`from_pretrained`: maps one file after the other and copies tensor by tensor."""
+def load_checkpoint(path: Path, dtype: torch.dtype, device) -> MoETransformer:
+    """The model in a folder of qwen3_moe, olmoe or mixtral weights, copied file by file; float32
+    routers whatever the dtype. Raises ValueError for what is damaged or not implemented here."""
     model = empty_model(config_from(read(path / "config.json")), dtype, device)
-    tensors, model.source = disk_tensors(model), path
-    top = {name for name in tensors if ".predictor." not in name}
-    index = dict.fromkeys(top, SINGLE)
-    if not (path / SINGLE).exists():
-        index = read(path / INDEX).get("weight_map", {})
+    model.source, top = path, SINGLE if (path / SINGLE).exists() else INDEX
+    index = read(path / top)
+    index = dict.fromkeys(index, SINGLE) if top == SINGLE else index.get("weight_map", {})
+    tensors = disk_tensors(model, any(name.endswith(".experts.down_proj") for name in index))
     if (path / "predictor").exists():
-        index |= dict.fromkeys(tensors.keys() - top, f"predictor/{SINGLE}")
-    missing = top | index.keys()
+        index |= {name: f"predictor/{SINGLE}" for name in tensors if ".predictor." in name}
+    missing = {name for name in tensors if ".predictor." not in name} | index.keys()
+    twice = model.config.tie_word_embeddings and "lm_head.weight" in index
+    if twice:  # to compare with the embedding
+        tensors["lm_head.weight"] = torch.empty_like(model.embed.weight)
     for file in sorted(set(index.values())):
         for name, found in read(path / file).items():
             expect(name in tensors, f"{path / file} has an unknown tensor {name}")
@@ -529,33 +518,39 @@ def load_checkpoint(path: Path, dtype: torch.dtype, device: str | torch.device) 
             tensors[name].copy_(found)
             missing.discard(name)
     lost = min(missing, default="")
-    expect(not missing, f"{path / index.get(lost, INDEX)} lacks {len(missing)} tensors, as {lost}")
+    expect(not missing, f"{path / index.get(lost, top)} lacks {len(missing)} tensors, as {lost}")
+    same = not twice or torch.equal(tensors["lm_head.weight"], model.embed.weight)
+    expect(same, f"tie_word_embeddings is true, but lm_head.weight in {path} is not the embedding")
     return model
 
 
 @torch.no_grad()
 def save_checkpoint(model: MoETransformer, path: Path, fold: bool | float) -> None:
-    """`save_pretrained`: fills a folder beside `path` and moves it there, all of it or none."""
+    """Fills a new folder, all or nothing. fold = m (True is 1) writes W + m W_p as the router, in
+    float32: unmodified engines then route and weight as `horizon=m` does here. False keeps W_p in
+    predictor/, where they do not look. Raises ValueError if the folder exists or cannot say what
+    the model is."""
     expect(not path.exists(), f"{path} exists; choose another folder")
     expect(math.isfinite(fold), f"fold_predictor is {fold}; expected a horizon")
-    save_file, config = import_safetensors().save_file, config_json(model)
-    tensors, files, size = disk_tensors(model), defaultdict(dict), 0
-    for name in [name for name in tensors if name.endswith(".gate.weight")]:
-        predictor, W = name.replace("gate", "gate.predictor"), tensors[name].float()
-        W_p, rounded = tensors.pop(predictor), W.to(model.embed.weight.dtype)
-        if fold is not False:
-            tensors[name] = W + fold * W_p
-        else:  # a router that has been trained in float32 stays in float32
-            files[f"predictor/{SINGLE}"][predictor] = W_p
-            tensors[name] = rounded if torch.equal(rounded.float(), W) else W
+    save_file, texts = import_safetensors().save_file, {"config.json": config_json(model)}
+    tensors, dtype = disk_tensors(model), model.embed.weight.dtype
+    files, size = defaultdict(dict), 0
+    for name in [name for name in tensors if ".predictor." in name]:
+        gate, W_p = name.replace(".predictor", ""), tensors.pop(name)
+        W = tensors[gate].float()
+        if fold is False:  # a router that has been trained in float32 stays in float32
+            tensors[gate] = W.to(dtype) if torch.equal(W.to(dtype).float(), W) else W
+            files[f"predictor/{SINGLE}"][name] = W_p
+        else:
+            tensors[gate] = W + fold * W_p
     total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": {}}
     for name, tensor in tensors.items():
         file = f"model-{size // SHARD_BYTES + 1:05}-of-{-(-total // SHARD_BYTES):05}.safetensors"
-        index["weight_map"][name] = file = file if total > SHARD_BYTES else SINGLE
-        files[file][name] = tensor
+        files[file if total > SHARD_BYTES else SINGLE][name] = tensor
         size += tensor.nbytes
-    texts = {"config.json": config} | ({INDEX: index} if total > SHARD_BYTES else {})
+    if total > SHARD_BYTES:
+        weight_map = {name: file for file in files for name in files[file] if name in tensors}
+        texts[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
         folder = Path(temporary) / path.name
@@ -565,8 +560,8 @@ def save_checkpoint(model: MoETransformer, path: Path, fold: bool | float) -> No
         for file in model.source.iterdir() if model.source else ():
             if file.is_file() and re.match(COPIED, file.name):
                 shutil.copyfile(file, folder / file.name)
-        for name, text in texts.items():
-            (folder / name).write_text(json.dumps(text, indent=2) + "\n")
+        for file, text in texts.items():
+            (folder / file).write_text(json.dumps(text, indent=2) + "\n")
         folder.rename(path)
 
 
@@ -788,7 +783,7 @@ class Slice(NamedTuple):
     engine: Tensor  # (L, n, k), top-k of the rollout engine's p: what r3 would have taken
     cached: Tensor  # (b, c) bool, a sub-sample of m tokens that train the predictor
     inputs: Tensor | None  # (L, m, D), h_old at those tokens, of a method that predicts
-    old_logits: Tensor  # (L, m, N), p_old at those tokens
+    old_logits: Tensor | None  # (L, m, N), p_old at those tokens
 
 
 def at_response(values: Tensor, mask: Tensor) -> Tensor:
@@ -830,18 +825,19 @@ def old_pass(
     draw = torch.rand(mask.shape, device=mask.device, generator=generator).masked_fill(~mask, 2.0)
     last = min(config.cached_positions or c, c) - 1
     cached = mask & (draw <= draw.sort(1).values[:, last, None])
-    route, p, inputs = at_response(recorded, mask), at_response(trace.logits, mask), None
+    route, p = at_response(recorded, mask), at_response(trace.logits, mask)
+    inputs = p_old = None
     own = stale = p.topk(route.shape[-1]).indices.to(route.dtype)
     unpredicted = stale if config.predicts else route
     if config.predicts and config.rollout_dtype != "fp32":
         _, seen = engine(tokens[:, :-1], attend=attend, replay=recorded, head=False)
         unpredicted = at_response(seen.logits, mask).topk(route.shape[-1]).indices.to(route.dtype)
     if config.predicts:
-        h, inputs = (at_response(trace.inputs, m).float() for m in (mask, cached))
+        inputs, p_old = (at_response(values, cached) for values in (trace.inputs, trace.logits))
         W_p = torch.stack([router.predictor.weight for router in model.routers])
-        b = horizon[rows].expand(mask.shape)[mask][:, None] * (h @ W_p.mT)
-        own = (p + b).topk(route.shape[-1]).indices.to(route.dtype)
-    p_old = at_response(trace.logits, cached)
+        b = at_response(trace.inputs, mask).float() @ W_p.mT
+        m = horizon[rows].expand(mask.shape)[mask][:, None]
+        own = (p + m * b).topk(route.shape[-1]).indices.to(route.dtype)
     sums = {
         "entropy": -old.sum(),  # of the sampled tokens, an unbiased estimate
         "mismatch_logprob": (rollout.logprobs[rows, :c] - old).abs().sum(),
@@ -943,7 +939,7 @@ def mini_step(model, optimizer, config, batches, i, V=None, gather=alone) -> dic
         loss = (ppo_loss(surrogate, batch.advantages, low, high) * weight).sum()
         sums["loss"] += loss.detach()
         if config.predicts and i > 1:  # At i = 1 nothing has drifted yet.
-            inputs = batch.inputs * horizon_after(i - 1, config)
+            inputs = batch.inputs.float() * horizon_after(i - 1, config)
             p_old, p = batch.old_logits, at_response(trace.logits, batch.cached)
             W_p = torch.stack([router.predictor.weight for router in model.routers])
             surprise = predictor_loss(inputs, p_old, p, W_p, config.predictor_loss) / cached

@@ -26,6 +26,7 @@ import sys
 import time
 import warnings
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -77,9 +78,10 @@ FLAGS = {  # name: (default, help)
     "out": ("", "folder of the run; by default a new one in runs/"),
     "save_every": (20, "rollout batches between checkpoints"),
     "resume": ("", "folder of a run to continue"),
+    "memory": (0, "print what a --checkpoint run on so many processes needs, and stop"),
     "seeds": (3, "runs per variant of --compare"),
 }
-ONLY_ONCE = {"out", "resume", "seeds"}  # flags that are not settings of a run
+ONLY_ONCE = {"out", "resume", "memory", "seeds"}  # flags that are not settings of a run
 # Other defaults with --checkpoint: large models learn slowly, and their routers need no help.
 PUBLISHED = {"learning_rate": 1e-6, "router_multiplier": 1.0, "alpha": 1000.0}
 PUBLISHED |= {"rollout_dtype": "bf16", "micro_tokens": 16384}
@@ -668,6 +670,55 @@ def summarise(history: list[dict], config: RLConfig) -> None:
     print(f"seconds per step {', '.join(seconds)}")
 
 
+def memory(config: ModelConfig, rl: RLConfig, trainable: str, processes: int) -> dict[str, float]:
+    """Most bytes that each kind of thing takes on one of the processes of a `--checkpoint` run
+    (ours), with prompts of 64 tokens and responses that all have full length."""
+    trained, numbers = re.compile(trainable), defaultdict(int)
+    for name, p in pr2_mini.empty_model(config, torch.float32, "meta").named_parameters():
+        share = p.numel() / (1 if ".router." in name else processes)
+        learns = trained.search(name) or ".predictor." in name
+        numbers["whole" if ".router." in name else "sharded"] += share
+        numbers["trained"] += share if learns else 0
+    L, D, N = (
+        config.num_hidden_layers - len(config.dense_layers),
+        config.hidden_size,
+        config.num_experts,
+    )
+    k, width, head = config.num_experts_per_tok, config.moe_intermediate_size, config.head_dim
+    query, key = config.num_attention_heads * head, config.num_key_value_heads * head
+    rows, length = rl.prompts * rl.samples // processes, 64 + rl.max_new_tokens - 1
+    cached = rows * min(rl.cached_positions or rl.max_new_tokens, rl.max_new_tokens)
+    tokens = min(rl.micro_tokens or rows * length // rl.mini_steps, rows * length // rl.mini_steps)
+    number = 4 if rl.rollout_dtype == "fp32" else 2
+    block = 2 * (D * (2 * query + 2 * key) + 3 * N * D * width)
+    inside = 2 * (6 * D + 4 * (query + 2 * key) + k * (2 * D + 5 * width)) + 4 * 4 * N
+    return {
+        "weights, float32": 4 * (numbers["sharded"] + numbers["whole"]),
+        "gradients": 4 * numbers["trained"],
+        "AdamW": 8 * numbers["trained"],
+        "rollout engine": number * numbers["sharded"] + 4 * numbers["whole"],
+        "two whole blocks, head and embedding, bfloat16": 2 * block + 4 * config.vocab_size * D,
+        "keys and values of a rollout": number * 2 * config.num_hidden_layers * rows * length * key,
+        "activations": tokens * (2 * config.num_hidden_layers * D + 8 * L * N + inside)
+        + 3 * 4 * min(tokens, 8192) * config.vocab_size,
+        "routes": rows * length * L * k * (1 if N <= 256 else 2),
+        "cached features": cached * L * (2 * D + 4 * N) if rl.predicts else 0,
+    }
+
+
+def print_memory(given: dict) -> None:
+    flags = settings(given)
+    expect(flags["checkpoint"], "--memory needs --checkpoint; the toy fits everywhere")
+    expect(given["memory"] > 0, f"--memory is {given['memory']}; expected a number of processes")
+    _, model_config, config = configurations(flags)
+    needs = memory(model_config, config, flags["trainable"], given["memory"])
+    for name, size in [
+        *needs.items(),
+        ("all, if all were at their most at once", sum(needs.values())),
+    ]:
+        print(f"{size / 1e9:8.2f} GB  {name}")
+
+
 # ------------------------------------------------------------------------ Comparison and figures
 
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 1 to 9
@@ -900,6 +951,9 @@ def main(arguments: list[str]) -> int:
             expect(alone, "--compare runs in one process; start it without torchrun")
             return compare(given, variants)
         expect("seeds" not in given, "--seeds belongs to --compare; a single run has a --seed")
+        if "memory" in given:
+            print_memory(given)
+            return 0
         if "resume" in given:
             folder = Path(given.pop("resume"))
             run = Run(resumed(given, folder), folder, resume=True)
