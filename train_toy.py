@@ -770,9 +770,9 @@ def summary(history: list[dict]) -> dict[str, float]:
 def interval(values: list[float], base: list[float] | None) -> tuple[float, float]:
     """Mean over seeds, and half the 95 % interval of it or of its paired difference to `base`."""
     pairs = values if base is None else [a - b for a, b in zip(values, base, strict=True)]
-    n = len(pairs)
-    width = T95[min(n - 1, 9) - 1] * statistics.stdev(pairs) / math.sqrt(n) if n > 1 else math.nan
-    return statistics.fmean(values), width
+    n, finite = len(pairs), math.isfinite(sum(pairs))
+    spread = statistics.stdev(pairs) if n > 1 and finite else math.nan
+    return statistics.fmean(values), T95[min(max(n - 1, 1), 9) - 1] * spread / math.sqrt(n)
 
 
 def compare(given: dict, variants: list[str]) -> int:
