@@ -851,7 +851,7 @@ def pyplot():
         print("no figure         pip install matplotlib draws one, for this command run again")
         return None
     plot.switch_backend("Agg")
-    plot.rcParams.update({"font.size": 9, "savefig.dpi": 120, "svg.hashsalt": "pr2"})
+    plot.rcParams.update({"font.size": 9, "savefig.dpi": 100, "svg.hashsalt": "pr2"})
     plot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     return plot
 
