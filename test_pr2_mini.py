@@ -217,7 +217,7 @@ def test_cached_forward_equals_full_forward(qk_norm, lengths, chunks):
     tokens, attend = padded_batch(*lengths)
     given = (lambda real: None) if attend.all() else (lambda real: real)
     full, _ = model(tokens, attend=given(attend))
-    cache = Cache(model.config, *tokens.shape, model.embed.weight)
+    cache = Cache(tokens.shape[1])
     pieces = zip(tokens.split(chunks, 1), attend.split(chunks, 1), strict=True)
     parts = [model(piece, attend=given(real), cache=cache)[0] for piece, real in pieces]
     close(torch.cat(parts, 1)[attend], full[attend])
@@ -227,12 +227,18 @@ def test_cached_forward_equals_full_forward(qk_norm, lengths, chunks):
 def test_cache_selects_and_repeats_rows():
     model = tiny_model()
     tokens, attend = padded_batch(8, 5, 3)
-    cache = Cache(model.config, *tokens.shape, model.embed.weight)
+    cache = Cache(tokens.shape[1])
     model(tokens[:, :6], attend=attend[:, :6], cache=cache)
     rows = torch.tensor([2, 0, 2], device=DEVICE)
     cache.select(rows)
     step = model(tokens[rows, 6:], cache=cache)[0]
     close(step, model(tokens, attend=attend)[0][rows, 6:])
+
+
+def test_cache_stores_what_it_is_given_whatever_the_dtype_of_the_weights():
+    cache, k, v = Cache(5), *torch.randn(2, 3, 2, 4, 8, device=DEVICE).bfloat16()
+    stored = cache.store(0, k, v)
+    assert stored.dtype == torch.bfloat16 and torch.equal(stored, torch.stack([k, v]))
 
 
 @pytest.mark.parametrize("qk_norm", QK_NORMS)
@@ -473,7 +479,7 @@ def test_replay_that_does_not_fit_is_refused(spoil, message):
 
 def test_more_positions_than_the_context_are_refused():
     model, (tokens, _) = tiny_model(max_position_embeddings=8), padded_batch(8)
-    cache = Cache(model.config, 1, 9, model.embed.weight)
+    cache = Cache(9)
     model(tokens, cache=cache)
     with pytest.raises(ValueError, match="9 positions exceed max_position_embeddings"):
         model(tokens[:, :1], cache=cache)
@@ -653,7 +659,7 @@ def test_greedy_generation_with_cache_equals_that_of_transformers(kind, tmp_path
 def test_cached_steps_give_the_logits_of_transformers(kind, tmp_path):
     reference, model = theirs(kind, tmp_path), ours(tmp_path)
     tokens = torch.randint(1, 40, (2, 9))
-    cache, steps = Cache(model.config, 2, 9, model.embed.weight), []
+    cache, steps = Cache(9), []
     for column in tokens.unbind(1):
         steps.append(model(column[:, None], cache=cache)[0])
     near(torch.cat(steps, 1), reference(tokens).logits)
@@ -750,7 +756,7 @@ def test_keys_that_published_configs_leave_out_have_their_defaults(kind, tmp_pat
 def test_rotary_positions_far_out_are_those_of_transformers(tmp_path):
     changes = {"max_position_embeddings": 40_000, "rope_parameters": {"rope_theta": 1e6}}
     reference = theirs("qwen3_moe", tmp_path, **changes).model.rotary_emb
-    (cosine, sine), _ = ours(tmp_path).positions(40_000, None, None)
+    (cosine, sine), _ = ours(tmp_path).positions(torch.zeros(1, 40_000, 1), None, None)
     expected = reference(torch.zeros(1), torch.arange(40_000)[None])
     assert torch.equal(cosine[:, :, 0], expected[0])
     assert torch.equal(sine[:, :, 0, 8:], expected[1][..., 8:])
