@@ -1,6 +1,7 @@
 """What must be true of PR2 mini: one fact a test, in the order of the file it tests."""
 
 import copy
+import gc
 import json
 import math
 import os
@@ -2229,6 +2230,18 @@ def test_same_seed_gives_the_same_rl_step():
     assert same_weights(*(model.state_dict() for model in models))
 
 
+@pytest.mark.parametrize("method", ["r2", "pr2-cf"])
+def test_rl_steps_leave_no_tensors_behind(method):
+    model, config, live = tiny_model(), tiny_settings(method=method), []
+    optimizer, engine = make_optimizer(model, config), rollout_engine(model, "fp32")
+    for _ in range(2):
+        for _ in range(3):
+            run_step(model, config, optimizer=optimizer, engine=engine)
+        gc.collect()
+        live.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+    assert live[0] == live[1]
+
+
 def test_update_without_finite_rewards_is_skipped_and_counted():
     model, before = tiny_model(), weights_of(tiny_model())
     metrics = run_step(model, tiny_settings(), reward=lambda rollout: torch.full((8,), math.nan))
@@ -2672,6 +2685,8 @@ def test_variant_is_a_method_with_settings_changed():
         ("--compare r3 --method r2", "takes methods as variants, not as --method"),
         ("--compare r3 --resume run", "resumes by itself"),
         ("--seeds 2", "--seeds belongs to --compare"),
+        ("--benchmark --compare r3", "--benchmark and --compare are two commands"),
+        ("--benchmark --seeds 2", "--benchmark goes with the settings of a run only"),
     ],
 )
 def test_bad_comparison_is_refused_in_one_sentence(flags, message, capsys, tmp_path):
@@ -2752,3 +2767,36 @@ def test_without_matplotlib_a_run_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert train_toy.pyplot() is None
     assert "pip install matplotlib" in capsys.readouterr().out
+
+
+def test_timed_calls_take_turns_and_the_first_round_only_warms_up():
+    order = []
+    taken = train_toy.timed([lambda: order.append("a"), lambda: order.append("b")], 2)
+    assert order == list("ababab") and [len(times) for times in taken] == [2, 2]
+
+
+def test_interval_of_a_median_is_that_of_the_binomial_tables():
+    values = [float(v) for v in range(20, 0, -1)]
+    assert train_toy.middle(values) == "10 (6 to 15)"  # P(5 < heads of 20 < 15) = 0.96
+    assert train_toy.middle([2.0], 1) == "2.0 (2.0 to 2.0)"
+
+
+def test_benchmark_prints_a_row_for_every_method_and_curve(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    given = {"prompts": 2, "samples": 2, "experts": 8, "device": "cpu"}
+    assert train_toy.benchmark(given, rounds=1) == 0
+    text = capsys.readouterr().out
+    first = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    curves = [
+        row for x in ("sequences", "k", "N") for row in (x, "---", "forward and backward, ms")
+    ]
+    assert first == ["RL step, ms", "---", "grpo", "pr2", "pr2-cf", *curves]
+    assert "pip install transformers" in text
+
+
+def test_benchmark_prints_the_ratios_to_transformers(capsys):
+    needs_extras()
+    train_toy.against_transformers(torch.device("cpu"), 1)
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert [row[1].strip() for row in rows[2:]] == ["training step", "generation"]
+    assert all(float(row[4].split()[0]) > 0 for row in rows[2:])
