@@ -118,27 +118,27 @@ class Trace(NamedTuple):
 
 
 class Cache:
-    """Keys and values of the positions seen so far, allocated once, when the first ones come."""
+    """Keys and values of up to `length` positions, allocated once, from the first it is given."""
 
-    def __init__(self, config: ModelConfig, rows: int, length: int, device: torch.device):
-        shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, length)
-        self.shape, self.keys_values = (*shape, config.head_dim), None
-        self.attend = torch.ones(rows, length, dtype=torch.bool, device=device)
-        self.padded = False  # True once some position must not be attended to
-        self.used = 0
+    def __init__(self, length: int):
+        self.length, self.used, self.layers = length, 0, {}
+        self.attend = None  # (B, used) bool once some position must not be attended to
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
-        """Appends keys and values of new positions; returns all of them, stacked."""
-        if self.keys_values is None:
-            self.keys_values = k.new_empty(self.shape)
-        stored, end = self.keys_values[:, layer], self.used + k.shape[2]
+        """Adds (B, heads, T, head_dim); returns (2, B, heads, used + T, head_dim), all so far."""
+        B, heads, T, size = k.shape
+        if layer not in self.layers:
+            self.layers[layer] = k.new_empty(2, B, heads, self.length, size)
+        stored, end = self.layers[layer], self.used + T
         stored[0, :, :, self.used : end], stored[1, :, :, self.used : end] = k, v
         return stored[:, :, :, :end]
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows, in this order; a row may be named several times or left out."""
-        self.keys_values = self.keys_values.index_select(2, rows)
-        self.attend = self.attend.index_select(0, rows)
+        for layer, old in self.layers.items():
+            self.layers[layer] = old.index_select(1, rows)
+        if self.attend is not None:
+            self.attend = self.attend.index_select(0, rows)
 
 
 class Router(nn.Module):
@@ -243,9 +243,16 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.store(self.layer, k, v)
-        causal = mask is None and x.shape[1] > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-        return self.out(y.transpose(1, 2).flatten(2))
+        if x.shape[1] > 1:
+            causal = mask is None
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+            return self.out(y.transpose(1, 2).flatten(2))
+        # One query: two small matmuls are twice as fast on a CPU as the kernel for many.
+        q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # the query heads of each key head
+        scores = q @ k.mT * self.head_dim**-0.5
+        scores = scores if mask is None else scores + mask
+        y = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        return self.out(y.flatten(1).unsqueeze(1))
 
 
 class Block(nn.Module):
@@ -320,8 +327,8 @@ class MoETransformer(nn.Module):
             self.check_replay(replay, (L, B, T, self.config.num_experts_per_tok))
         if isinstance(horizon, Tensor):
             horizon = horizon.expand(B)[:, None, None]
-        rotary, mask = self.positions(T, attend, cache)
         x, seen = self.embed(tokens), []
+        rotary, mask = self.positions(x, attend, cache)
         for block in self.blocks:
             route = None if replay is None or block.dense else replay[len(seen)]
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
@@ -334,16 +341,18 @@ class MoETransformer(nn.Module):
         x = self.norm(x)
         return self.lm_head(x) if head else x, trace
 
-    def positions(self, T: int, attend: Tensor | None, cache: Cache | None):
+    def positions(self, x: Tensor, attend: Tensor | None, cache: Cache | None):
         """Rotary cosine and sine, (1 or B, T, 1, head_dim), and the attention mask or None."""
-        start, device, dtype = 0, self.embed.weight.device, self.embed.weight.dtype
+        (B, T, _), device, dtype, start = x.shape, x.device, x.dtype, 0
         if attend is not None and attend[:, 0].all():
             attend = None  # Causal attention never looks ahead: padding on the right is unseen.
         if cache is not None:
-            start, cache.padded = cache.used, cache.padded or attend is not None
-            if attend is not None:
-                cache.attend[:, start : start + T] = attend
-            attend = cache.attend[:, : start + T] if cache.padded else None
+            start = cache.used
+            if attend is not None or cache.attend is not None:
+                real = torch.empty(B, start + T, dtype=torch.bool, device=device)
+                real[:, :start] = True if cache.attend is None else cache.attend
+                real[:, start:] = True if attend is None else attend
+                attend = cache.attend = real
         columns = torch.arange(start + T, device=device)
         at = columns[None] if attend is None else attend.cumsum(-1).sub(1).clamp(min=0)
         pair = torch.arange(0, self.config.head_dim, 2, device=device) / self.config.head_dim
@@ -601,7 +610,7 @@ def generate(
     fits = model.config.max_position_embeddings >= P + C - 1
     expect(fits, f"{P + C - 1} positions exceed max_position_embeddings; shorten the prompts")
     real = (prompts != pad).cumsum(-1) > 0  # Only leading pads are padding.
-    cache = Cache(model.config, Q, P + C - 1, device)
+    cache = Cache(P + C - 1)
     hidden, trace = model(prompts, attend=real, cache=cache, horizon=horizon, head=False)
     group = torch.arange(Q, device=device).repeat_interleave(samples)
     cache.select(group)

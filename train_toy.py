@@ -13,6 +13,8 @@ checkpoint: resume only runs of your own. The method is in pr2_mini.py.
 """
 
 import argparse
+import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -104,6 +106,8 @@ def parse(arguments: list[str]) -> tuple[dict, list[str] | None]:
         "train variants, METHOD or METHOD:flag=value,..., from the same base models, side by side"
     )
     parser.add_argument("--compare", nargs="*", metavar="VARIANT", help=text)
+    text = "print where the time goes, and the ratios to transformers if that is installed"
+    parser.add_argument("--benchmark", action="store_true", help=text)
     given = vars(parser.parse_args(arguments))
     return given, given.pop("compare", None)
 
@@ -941,12 +945,121 @@ def draw_comparison(table: dict, histories: dict[str, list[list[dict]]], out: Pa
     print(f"wrote            {out}/compare.json, compare.png, compare.svg")
 
 
+# --------------------------------------------------------------------------------- Benchmark
+
+
+def timed(calls: list[Callable], rounds: int) -> list[list[float]]:
+    """Milliseconds of every call, in turn, so that a slow spell of the machine hits all alike."""
+    taken = [[] for _ in calls]
+    for _ in range(rounds + 1):
+        for call, times in zip(calls, taken, strict=True):
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+    return [times[1:] for times in taken]  # the first round warms up
+
+
+def middle(values: list[float], digits: int = 0) -> str:
+    """Median, and the order statistics that enclose the true one with a confidence of 95 %."""
+    values, n = sorted(values), len(values)
+    low = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
+    median, *ends = (
+        f"{v:.{digits}f}" for v in (statistics.median(values), values[low], values[~low])
+    )
+    return f"{median} ({ends[0]} to {ends[1]})"
+
+
+def print_row(*cells: object, head: bool = False) -> None:
+    row = "| " + " | ".join(map(str, cells)) + " |"
+    print(f"\n{row}\n|" + " --- |" * len(cells) if head else row)
+
+
+def benchmark(given: dict, rounds: int = 40) -> int:
+    """Prints where a step's time goes and how it grows, and the ratios to transformers."""
+    expect(not ONLY_ONCE & given.keys(), "--benchmark goes with the settings of a run only")
+    flags = settings(given)
+    (task, shape, rl), device = (
+        configurations(flags),
+        Processes(flags["device"], sharded=False).device,
+    )
+    print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads; medians")
+    print("and their 95 % intervals; random weights, every response at its full length")
+    problems = task.problems(rl.prompts, torch.Generator().manual_seed(flags["seed"]))
+    prompts, steps, runs = task.prompts(problems).to(device), [], {}
+    for method in ("grpo", "pr2", "pr2-cf"):
+        config, model = dataclasses.replace(rl, method=method, eos=-1), MoETransformer(shape)
+        engine = pr2_mini.rollout_engine(model.to(device), config.rollout_dtype)
+        state = model, engine, pr2_mini.make_optimizer(model, config), config, prompts
+        step = functools.partial(pr2_mini.rl_step, *state, lambda r: r.tokens.sum(1).float())
+        runs[method] = []
+        steps.append(lambda step=step, run=runs[method]: run.append(step()))
+    whole = timed(steps, rounds)
+    print_row("RL step, ms", *pr2_mini.PHASES, "whole", "over grpo, %", "tokens/s", head=True)
+    for (method, run), taken in zip(runs.items(), whole, strict=True):
+        phases = [[1e3 * row[f"seconds_{p}"] for row in run[1:]] for p in pr2_mini.PHASES]
+        over = [100 * (a / b - 1) for a, b in zip(taken, whole[0], strict=True)]
+        tokens = 1e3 * rl.prompts * rl.samples * task.response_length / statistics.median(taken)
+        print_row(method, *map(middle, [*phases, taken]), middle(over, 1), round(tokens))
+
+    def training(rows: int = 256, **changes) -> Callable:
+        model = MoETransformer(dataclasses.replace(shape, **changes)).to(device)
+        ids = torch.randint(shape.vocab_size, (rows, task.prompt_length), device=device)
+        return lambda: F.cross_entropy(model(ids)[0].flatten(0, 1), ids.flatten()).backward()
+
+    curves = {"sequences": {rows: training(rows) for rows in (128, 256, 512, 1024)}}
+    curves["k"] = {k: training(num_experts_per_tok=k) for k in (1, 2, 4, 8)}
+    curves["N"] = {N: training(num_experts=N) for N in (8, 16, 32, 64, 128)}
+    for name, curve in curves.items():
+        print_row(name, *curve, head=True)
+        print_row("forward and backward, ms", *map(middle, timed(list(curve.values()), rounds)))
+    against_transformers(device, rounds // 2)
+    return 0
+
+
+def against_transformers(device: torch.device, rounds: int) -> None:
+    """Training steps and sampling, beside the faster of transformers' two implementations."""
+    try:
+        import transformers
+    except ImportError:
+        return print("\nno ratios to transformers: pip install transformers")
+    shape = ModelConfig(32, moe_intermediate_size=64, num_experts=16, num_experts_per_tok=2)
+    model, ids = MoETransformer(shape).to(device), torch.randint(2, 32, (512, 28), device=device)
+    prompts, C, G = ids[:64, :12], 16, 8
+    forwards = [lambda: model(ids)[0]]
+    writers = [lambda: generate(model, prompts, C, eos=-1, pad=0, samples=G)]
+    options = {"do_sample": True, "num_return_sequences": G, "max_new_tokens": C}
+    config = json.loads(json.dumps(pr2_mini.config_json(model)))
+    for kind in ("eager", "grouped_mm"):
+        peer = transformers.Qwen3MoeForCausalLM._from_config(
+            transformers.Qwen3MoeConfig.from_dict(config), experts_implementation=kind
+        ).to(device)
+        forwards.append(lambda peer=peer: peer(input_ids=ids, use_cache=False).logits)
+        writers.append(functools.partial(peer.generate, prompts, **options))
+
+    def train_on(forward: Callable) -> None:
+        F.cross_entropy(forward()[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+
+    trainers = [functools.partial(train_on, forward) for forward in forwards]
+    version = f"transformers {transformers.__version__}"
+    print_row(version, "pr2_mini, ms", "theirs, ms", "ratio", head=True)
+    for name, calls in (("training step", trainers), ("generation", writers)):
+        own, *theirs = timed(calls, rounds)
+        best = min(theirs, key=statistics.median)
+        ratios = [b / a for a, b in zip(own, best, strict=True)]
+        print_row(name, middle(own), middle(best), middle(ratios, 2))
+
+
 def main(arguments: list[str]) -> int:
     if Processes.rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
     try:
         given, variants = parse(arguments)
         alone = Processes.count == 1
+        if given.pop("benchmark", False):
+            expect(variants is None, "--benchmark and --compare are two commands")
+            return benchmark(given)
         if variants is not None:
             expect(alone, "--compare runs in one process; start it without torchrun")
             return compare(given, variants)
