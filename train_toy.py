@@ -765,7 +765,8 @@ def summary(history: list[dict]) -> dict[str, float]:
             columns[f"{name}/{i}"] = 100 * gained / of if of > 0 else math.nan
     columns |= {"coverage gap": mean["coverage_gap"], "KL": mean["approx_kl"]}
     columns |= {"clipfrac": mean["clipfrac_low"] + mean["clipfrac_high"]}
-    columns |= {"largest ratio": max(ratio(row["log_ratio_max"]) for row in settled)}
+    largest = max(ratio(row["log_ratio_max"]) for row in settled)
+    columns |= {"log10 of the largest ratio": math.log10(largest)}  # seeds differ by factors
     columns |= {"mismatch": mean["mismatch_logprob"], "route mismatch": mean["mismatch_route"]}
     times = [sum(row[f"seconds_{phase}"] for phase in pr2_mini.PHASES) for row in settled]
     return columns | {"s/step": statistics.median(times)}
