@@ -936,8 +936,8 @@ def draw_comparison(table: dict, histories: dict[str, list[list[dict]]], out: Pa
     largest.set(title="Largest PPO ratio of a batch", xlabel="rollout batch")
     agreement.set(title="Sets without deviation, %", xlabel="mini-step i (dotted: no prediction)")
     agreement.xaxis.get_major_locator().set_params(integer=True)
-    bars.set(title="Sets with 1, 2, more deviations at the last i, %")
-    bars.set_xlabel("black line: without prediction")
+    bars.set(title="Sets with 1, 2, more deviations, %")
+    bars.set_xlabel("at the last mini-step; black line: no prediction")
     bars.set_yticks(range(len(histories)), histories)
     bars.invert_yaxis()
     for kind in ("png", "svg"):
