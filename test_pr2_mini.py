@@ -2378,7 +2378,7 @@ def test_rl_steps_leave_no_tensors_behind(method):
             run_step(model, config, optimizer=optimizer, engine=engine)
         gc.collect()
         live.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
-    assert live[0] == live[1]
+    assert live[1] <= live[0]  # less if garbage of other tests went in between
 
 
 def test_update_without_finite_rewards_is_skipped_and_counted():
