@@ -2694,6 +2694,201 @@ def test_short_run_improves_reward_over_its_start(base, tmp_path):
     assert statistics.fmean(rewards[-5:]) > statistics.fmean(rewards[:5]) + 0.05
 
 
+# ------------------------------------------------------------------------------ Many processes
+
+TOGETHER = {method: {"method": method} for method in METHODS}
+TOGETHER |= {f"{m}, cut": {"method": m, "micro_tokens": 40} for m in ("gspo", "r2", "pr2-cf")}
+TOGETHER |= {"not finite": {"method": "pr2"}, "fp8": {"method": "pr2", "rollout_dtype": "fp8"}}
+
+
+def countdown_model():
+    """Answers a prompt that ends in token v by v - 1, v - 2, ... 1, which is the end token."""
+    model = randomise_predictor(tiny_model().cpu())
+    with torch.no_grad():
+        for block in model.blocks:  # quiet enough for the embedding to be heard
+            block.attention.out.weight *= 0.1
+            block.moe.down *= 0.1
+        model.lm_head.weight[:-1] += 1.2 * model.embed.weight[1:]
+    return model
+
+
+def without_chance(engine, prompts, new, *, samples, horizon, **options):
+    """`generate`, but greedy: the samples differ in the first token of their prompts."""
+    prompts = prompts.repeat_interleave(samples, 0)
+    prompts[:, 0] += torch.arange(len(prompts)) % samples
+    if horizon is not None:
+        horizon = horizon.repeat_interleave(samples)
+    return generate(engine, prompts, new, **options | {"horizon": horizon, "temperature": 0})
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach().clone()
+
+
+def wholes(model):
+    return {name: whole(tensor) for name, tensor in model.named_parameters()}
+
+
+def train_together(case, world):
+    """An RL step by this process and the others: what each of them found."""
+    config = tiny_settings(prompts=8, max_grad_norm=0.1, **TOGETHER[case])
+    model = countdown_model()
+    engine = world.place(rollout_engine(model, config.rollout_dtype))
+    model, gradients, lengths = world.place(model), [], []
+    optimizer = make_optimizer(model, config)
+    for group in optimizer.param_groups:
+        group["eps"] = 1e-2  # or Adam would turn the rounding of a zero gradient into a full step
+    update = optimizer.step
+
+    def step():
+        named = model.named_parameters()
+        gradients.append({name: whole(p.grad) for name, p in named if p.grad is not None})
+        update()
+
+    optimizer.step = step
+    prompts = torch.tensor([[15, 3, last] for last in (2, 2, 5, 11, 2, 2, 9, 4)])
+    mine = torch.arange(8).view(2, world.count, -1)[:, world.rank].flatten()
+    rewards = torch.rand(8, 2, generator=torch.Generator().manual_seed(0))
+    if case == "not finite":
+        rewards[-1, -1] = math.nan
+
+    def reward(rollout):
+        lengths.extend(rollout.attend[:, rollout.prompt_length :].sum(1).tolist())
+        return rewards[mine].flatten()
+
+    synchronise(engine, model, config.rollout_dtype)
+    rounded = wholes(engine)
+    step = model, engine, optimizer, config, prompts[mine], reward, None, world.gather
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pr2_mini, "generate", without_chance)
+        metrics = [rl_step(*step)]
+        if config.method == "pr2-cf":  # which predicts nothing before it has a momentum
+            for part in (model, engine) if world.mesh else ():
+                part.reshard()  # as Run.batch does
+            metrics.append(rl_step(*step))
+    local = {
+        name: getattr(p, "_local_tensor", p).nbytes for name, p in model.blocks.named_parameters()
+    }
+    found = {
+        "metrics": metrics,
+        "lengths": lengths,
+        "bytes": local,
+        "rounded": rounded,
+    }
+    return found | {"gradients": gradients, "weights": wholes(model)}
+
+
+def worker(folder):
+    """What each of the processes does that the fixture `together` starts."""
+    world = train_toy.Processes("cpu", sharded=False)
+    torch.save({case: train_together(case, world) for case in TOGETHER}, f"{folder}/{world.rank}")
+    torch.distributed.destroy_process_group()
+
+
+def torchrun(folder, count, *command, wait=120):
+    """`torchrun --nproc-per-node COUNT COMMAND` in the folder; the finished process."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command = [sys.executable, *launcher, str(count), *map(str, command)]
+    path = str(Path(train_toy.__file__).resolve().parent)
+    started = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        output, errors = started.communicate(timeout=wait)
+    except subprocess.TimeoutExpired:
+        started.terminate()  # it takes its workers along
+        raise AssertionError(started.communicate(timeout=60)) from None
+    return subprocess.CompletedProcess(command, started.returncode, output, errors)
+
+
+@pytest.fixture(scope="session")
+def single():
+    """Every case in this process alone."""
+    world = train_toy.Processes("cpu", sharded=False)
+    return {case: train_together(case, world) for case in TOGETHER}
+
+
+@pytest.fixture(scope="session", params=[2, 4])
+def together(request, tmp_path_factory):
+    """By process, every case on the same global batches."""
+    folder = tmp_path_factory.mktemp("together")
+    code = f"import test_pr2_mini; test_pr2_mini.worker({str(folder)!r})"
+    done = torchrun(folder, request.param, "--no-python", sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / str(rank)) for rank in range(request.param)]
+
+
+def in_step(case, together, single):
+    return [process[case] for process in together], single[case]
+
+
+@pytest.mark.parametrize("case", TOGETHER.keys() - {"fp8"})
+def test_gradients_of_many_processes_are_those_of_one(case, together, single):
+    (first, *_), alone = in_step(case, together, single)
+    assert len(first["gradients"]) == len(alone["gradients"])
+    for found, expected in zip(first["gradients"], alone["gradients"], strict=True):
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            near(found[name], gradient)
+
+
+@pytest.mark.parametrize("case", TOGETHER.keys() - {"fp8"})
+def test_losses_and_metrics_of_many_processes_are_those_of_one(case, together, single):
+    processes, alone = in_step(case, together, single)
+    for process in processes:
+        for found, expected in zip(process["metrics"], alone["metrics"], strict=True):
+            assert found.keys() == expected.keys()
+            for name in found.keys() - {name for name in found if "seconds" in name}:
+                value = pytest.approx(expected[name], rel=1e-3, abs=1e-5, nan_ok=True)
+                assert found[name] == value, name
+
+
+@pytest.mark.parametrize("case", TOGETHER.keys() - {"fp8"})
+def test_weights_trained_by_many_processes_are_those_of_one(case, together, single):
+    (first, *_), alone = in_step(case, together, single)
+    for name, weight in alone["weights"].items():
+        near(first["weights"][name], weight)
+
+
+def test_process_whose_responses_have_ended_keeps_step(together, single):
+    processes, alone = in_step("r3", together, single)
+    assert set(processes[0]["lengths"]) == {1}
+    assert max(processes[-1]["lengths"]) == 10
+    assert sum(sum(p["lengths"]) for p in processes) == sum(alone["lengths"])
+
+
+def test_update_that_is_not_finite_on_one_process_is_skipped_by_all(together):
+    for process in (process["not finite"] for process in together):
+        metrics = process["metrics"][0]
+        assert (metrics["skipped/1"], metrics["skipped/2"]) == (0, 1)
+    weights = together[0]["not finite"]["weights"]
+    assert all(bool(weight.isfinite().all()) for weight in weights.values())
+
+
+def test_each_process_holds_its_share_of_the_blocks(together, single):
+    for process in together:
+        for name, size in process["pr2"]["bytes"].items():
+            if "router" not in name:
+                assert size * len(together) == single["pr2"]["bytes"][name], name
+
+
+def test_every_process_holds_routers_and_predictors_whole(together, single):
+    for process in together:
+        for name, size in process["pr2"]["bytes"].items():
+            if "router" in name:
+                assert size == single["pr2"]["bytes"][name], name
+
+
+def test_sharded_fp8_engine_holds_the_bits_of_a_whole_one(together, single):
+    (first, *_), alone = in_step("fp8", together, single)
+    assert same(first["rounded"], alone["rounded"])
+
+
 # ------------------------------------------------------------------------ --compare and the figures
 
 
