@@ -3154,41 +3154,27 @@ def test_bad_flag_under_torchrun_is_refused(flags, message, capsys, tmp_path, mo
 # -------------------------------------------------------------------- Training real checkpoints
 
 
-def updated_by_a_millionth(dtype, world):
-    """A tiny model before and after one mini-step of learning rate 1e-6, computed in dtype."""
-    model, config = tiny_model().cpu(), tiny_settings(learning_rate=1e-6)
-    batches, before = old_slices(model, config)[1], weights_of(model)
-    model = world.place(model, dtype)
-    mini_step(model, make_optimizer(model, config), config, batches, 1)
-    after = wholes(model)
-    return {name: (before[name], after[name]) for name in after}
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="the batches are on the GPU, the processes are not")
-def test_small_learning_rate_moves_weights_computed_in_bf16_as_in_fp32(sharded):
-    found = [updated_by_a_millionth(dtype, sharded) for dtype in (torch.float32, torch.bfloat16)]
-    exact, ours = (
-        torch.cat([(after - before).flatten() for before, after in moved.values()])
-        for moved in found
-    )
-    lost = torch.cat(
-        [(after.bfloat16() == before.bfloat16()).flatten() for before, after in found[1].values()]
-    )
-    print(
-        (ours - exact).norm() / exact.norm(),
-        lost.float().mean(),
-        (ours != 0).float().mean(),
-        (exact != 0).float().mean(),
-    )
-    assert (ours - exact).norm() < 0.2 * exact.norm()
-    assert lost.float().mean() > 0.9
-
-
 @pytest.fixture
 def sharded():
     """This process as the only one of its group."""
     yield train_toy.Processes("cpu", sharded=True)
     torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the tiny models are on the GPU, the group is not")
+def test_small_learning_rate_moves_weights_computed_in_bf16_as_in_fp32(sharded):
+    config, moves = tiny_settings(learning_rate=1e-6), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model()
+        batches, before = old_slices(model, config)[1], weights_of(model)
+        model = sharded.place(model, dtype)
+        mini_step(model, make_optimizer(model, config), config, batches, 1)
+        after = wholes(model)
+        moves.append(torch.cat([(after[name] - before[name]).flatten() for name in after]))
+        stuck = [(after[name].bfloat16() == before[name].bfloat16()).flatten() for name in after]
+    expected, found = moves
+    assert (found - expected).norm() < 0.3 * expected.norm()  # Adam's first step is all signs
+    assert torch.cat(stuck).float().mean() > 0.99  # in bf16 weights it would have been lost
 
 
 PUBLISHED = "--template {problem} --operands 2 --largest 3 --prompts 4 --samples 4 --alpha 10 "
@@ -3244,7 +3230,8 @@ def test_other_families_train_too(kind, tmp_path):
     compare(*served(tmp_path / "run" / "model-1", tmp_path), horizon=1.0)
 
 
-def test_resumed_run_of_a_checkpoint_is_the_same_bit_for_bit(trained, published, tmp_path):
+@pytest.mark.parametrize("trained", ["r2", "pr2-cf"], indirect=True)
+def test_resumed_run_of_a_checkpoint_is_the_same_bit_for_bit(trained, tmp_path):
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
     (folder / "checkpoint" / "latest").write_text("step-0")
     shutil.rmtree(folder / "model-2")
