@@ -2909,7 +2909,7 @@ def whole(tensor):
 
 
 def wholes(model):
-    return {name: whole(tensor) for name, tensor in model.named_parameters()}
+    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
 def train_together(case, world):
