@@ -3300,7 +3300,7 @@ def test_small_learning_rate_moves_weights_computed_in_bf16_as_in_fp32(sharded):
 
 
 PUBLISHED = "--template {problem} --operands 2 --largest 3 --prompts 4 --samples 4 --alpha 10 "
-PUBLISHED += "--response-length 5 --learning-rate 1e-3 --device cpu"
+PUBLISHED += "--response-length 5 --learning-rate 1e-3 --device cpu --save-every 1"
 
 
 @pytest.fixture(scope="session", params=["grpo", "gspo", "r2", "r3", "pr2", "pr2-cf"])
@@ -3322,13 +3322,22 @@ def test_every_method_trains_a_checkpoint(trained, published):
     before, after = (weights_of(ours(path)) for path in (published, trained / "model-2"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {"embed.weight", "blocks.0.moe.router.weight", "blocks.1.moe.down"} <= moved
+    if train_toy.read_config(trained)["method"] == "pr2":
+        assert "blocks.0.moe.router.predictor.weight" in moved
+
+
+def test_weights_that_are_computed_in_bf16_are_kept_in_float32(trained):
+    checkpoint = torch.distributed.checkpoint.FileSystemReader(newest(trained))
+    kept = checkpoint.read_metadata().state_dict_metadata.values()
+    assert {tensor.properties.dtype for tensor in kept} == {torch.float32}
 
 
 def served(folder, tmp_path):
     """The trained checkpoint, and transformers' view of it once its predictor is folded in."""
     model = MoETransformer.from_pretrained(folder)
     model.save_pretrained(tmp_path / "folded", fold_predictor=True)
-    return model.eval().requires_grad_(False), reloaded(tmp_path / "folded")
+    reference = reloaded(tmp_path / "folded").requires_grad_(False)
+    return model.eval().requires_grad_(False), reference
 
 
 def test_trained_checkpoint_is_folded_and_generates_in_transformers(trained, tmp_path):
@@ -3343,9 +3352,16 @@ def test_trained_checkpoint_is_folded_and_generates_in_transformers(trained, tmp
     assert torch.equal(found, rollout.tokens[:, : found.shape[1]])
 
 
-@pytest.mark.parametrize("kind", ["olmoe", "mixtral"])
-def test_other_families_train_too(kind, tmp_path):
-    theirs(kind, tmp_path / "model", vocab_size=400, eos_token_id=1)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("olmoe", {}),
+        ("mixtral", {}),
+        ("qwen3_moe", {"tie_word_embeddings": True, "mlp_only_layers": [0]}),
+    ],
+)
+def test_other_kinds_of_checkpoints_train_too(kind, changes, tmp_path):
+    theirs(kind, tmp_path / "model", vocab_size=400, eos_token_id=1, **changes)
     train_tokenizer(tmp_path / "model" / "tokenizer.json")
     flags = ["--checkpoint", tmp_path / "model", "--steps", 1, "--out", tmp_path / "run"]
     assert main_here(*PUBLISHED.split(), *flags) == 0
@@ -3355,7 +3371,7 @@ def test_other_families_train_too(kind, tmp_path):
 @pytest.mark.parametrize("trained", ["r2", "pr2-cf"], indirect=True)
 def test_resumed_run_of_a_checkpoint_is_the_same_bit_for_bit(trained, tmp_path):
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
-    (folder / "checkpoint" / "latest").write_text("step-0")
+    (folder / "checkpoint" / "latest").write_text("step-1")
     shutil.rmtree(folder / "model-2")
     assert main_here("--resume", folder) == 0
     assert rows(folder) == rows(trained)
