@@ -3420,8 +3420,9 @@ def test_interval_is_that_of_the_paired_difference():
     assert width == pytest.approx(4.303 / math.sqrt(3))  # differences 1, 0, -1; t of 2 degrees
 
 
-def test_interval_of_one_seed_is_unknown():
-    assert math.isnan(train_toy.interval([1.0], None)[1])
+@pytest.mark.parametrize("values", [[1.0], [1.0, math.nan], [1.0, math.inf]])
+def test_interval_of_one_seed_or_of_no_number_is_unknown(values):
+    assert math.isnan(train_toy.interval(values, None)[1])
 
 
 COMPARE = f"--compare r3 pr2-cf {SMALL} --seeds 2 --steps 3 --mini-steps 2"

@@ -776,7 +776,8 @@ def summary(history: list[dict]) -> dict[str, float]:
             columns[f"{name}/{i}"] = 100 * gained / of if of > 0 else math.nan
     columns |= {"coverage gap": mean["coverage_gap"], "KL": mean["approx_kl"]}
     columns |= {"clipfrac": mean["clipfrac_low"] + mean["clipfrac_high"]}
-    columns |= {"largest ratio": max(ratio(row["log_ratio_max"]) for row in settled)}
+    largest = max(ratio(row["log_ratio_max"]) for row in settled)
+    columns |= {"log10 of the largest ratio": math.log10(largest)}  # seeds differ by factors
     columns |= {"mismatch": mean["mismatch_logprob"], "route mismatch": mean["mismatch_route"]}
     times = [sum(row[f"seconds_{phase}"] for phase in pr2_mini.PHASES) for row in settled]
     return columns | {"s/step": statistics.median(times)}
@@ -785,9 +786,9 @@ def summary(history: list[dict]) -> dict[str, float]:
 def interval(values: list[float], base: list[float] | None) -> tuple[float, float]:
     """Mean over seeds, and half the 95 % interval of it or of its paired difference to `base`."""
     pairs = values if base is None else [a - b for a, b in zip(values, base, strict=True)]
-    n = len(pairs)
-    width = T95[min(n - 1, 9) - 1] * statistics.stdev(pairs) / math.sqrt(n) if n > 1 else math.nan
-    return statistics.fmean(values), width
+    n, finite = len(pairs), math.isfinite(sum(pairs))
+    spread = statistics.stdev(pairs) if n > 1 and finite else math.nan
+    return statistics.fmean(values), T95[min(max(n - 1, 1), 9) - 1] * spread / math.sqrt(n)
 
 
 def compare(given: dict, variants: list[str]) -> int:
@@ -844,9 +845,9 @@ def compare(given: dict, variants: list[str]) -> int:
 def print_table(table: dict, seeds: int) -> None:
     """A Markdown table: mean ± half a 95 % interval."""
     print(
-        f"\n{seeds} seeds; ± half the 95 % interval of the paired difference to the first row; but"
+        f"\n{seeds} seeds; ± half a 95 % interval: of the paired difference to the first row, in it"
     )
-    print("in the first row, and for removed deviations, of the mean. By mini-step: in %.")
+    print("and for removed deviations of the mean. Columns with a value for every mini-step: in %.")
     names = [name.partition("/")[0] for columns in table.values() for name in columns]
     shown = [n for n in dict.fromkeys(names) if not re.search("agreement|engine|ions_|gained", n)]
     print("| variant | " + " | ".join(shown) + " |\n|" + " --- |" * (len(shown) + 1))
@@ -866,7 +867,7 @@ def pyplot():
         print("no figure         pip install matplotlib draws one, for this command run again")
         return None
     plot.switch_backend("Agg")
-    plot.rcParams.update({"font.size": 9, "savefig.dpi": 120, "svg.hashsalt": "pr2"})
+    plot.rcParams.update({"font.size": 9, "savefig.dpi": 100, "svg.hashsalt": "pr2"})
     plot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     return plot
 
@@ -900,10 +901,9 @@ def draw_run(plot, history: list[dict], tokens: list[str], states: torch.Tensor,
     colours = plot.matplotlib.colors.ListedColormap(list(STATES.values()))
     cells = {"cmap": colours, "vmin": 0, "vmax": 3, "edgecolors": "white", "linewidth": 2}
     grid.pcolormesh(states.tolist(), **cells)
-    grid.set(title="The response with most drift in the last mini-step: tokens and layers")
+    grid.set(title="The response with most drift in the last mini-step", ylabel="layer")
     grid.set_xticks([i + 0.5 for i in range(len(tokens))], tokens, fontfamily="monospace")
     grid.set_yticks([i + 0.5 for i in range(len(states))], range(1, 1 + len(states)))
-    grid.set_ylabel("layer")
     grid.invert_yaxis()
     grid.tick_params(length=0)
     patches = [plot.matplotlib.patches.Patch(color=c, label=name) for name, c in STATES.items()]
@@ -947,8 +947,8 @@ def draw_comparison(table: dict, histories: dict[str, list[list[dict]]], out: Pa
     largest.set(title="Largest PPO ratio of a batch", xlabel="rollout batch")
     agreement.set(title="Sets without deviation, %", xlabel="mini-step i (dotted: no prediction)")
     agreement.xaxis.get_major_locator().set_params(integer=True)
-    bars.set(title="Sets with 1, 2, more deviations at the last i, %")
-    bars.set_xlabel("black line: without prediction")
+    bars.set(title="Sets with 1, 2, more deviations, %")
+    bars.set_xlabel("at the last mini-step; black line: no prediction")
     bars.set_yticks(range(len(histories)), histories)
     bars.invert_yaxis()
     for kind in ("png", "svg"):
