@@ -440,6 +440,18 @@ def generator_for(*key: object, device: torch.device | str = "cpu") -> torch.Gen
     return torch.Generator(device).manual_seed(int.from_bytes(seed, "big") >> 1)
 
 
+def trainable(expression: str, model: MoETransformer) -> set[str]:
+    """The names of the weights to train: those that match, and the predictors."""
+    names = {name for name, _ in model.named_parameters()}
+    predictors = {name for name in names if ".predictor." in name}
+    try:
+        found = {name for name in names - predictors if re.search(expression, name)}
+    except re.error as error:
+        raise ValueError(f'--trainable "{expression}" is no regular expression: {error}') from None
+    expect(found, f'--trainable "{expression}" matches no weight; one is called {min(names)}')
+    return found | predictors
+
+
 class Run:
     """A run: its policy, the engine that rolls out, AdamW, its folder, and what it measured."""
 
@@ -447,20 +459,19 @@ class Run:
         self.flags, self.folder, self.log = flags, folder, folder / "metrics.jsonl"
         self.task, model_config, self.config = configurations(flags)
         self.world = world = Processes(flags["device"], bool(flags["checkpoint"]))
-        if world.rank == 0 and not resume:
-            make_folder(folder)
         # All processes but the first get their weights from it; a resumed run has a checkpoint.
         model, self.origin = pr2_mini.empty_model(model_config, torch.float32, "cpu"), ""
+        trained = trainable(flags["trainable"], model)
         if world.rank == 0 and not resume:
             if path := flags["checkpoint"]:
                 model, self.origin = MoETransformer.from_pretrained(path), path
-            else:
+            make_folder(folder)
+            if not path:
                 cache = Path(flags["base_dir"])
                 parts = model_config, self.task, flags["seed"], world.device, cache
                 model, self.origin = base_model(*parts)
-        trained = re.compile(flags["trainable"])
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(bool(trained.search(name)) or ".predictor." in name)
+            parameter.requires_grad_(name in trained)
         values = model.state_dict() if world.rank == 0 else {}
         self.engine = world.place(pr2_mini.rollout_engine(model, self.config.rollout_dtype))
         self.model = world.place(model, torch.bfloat16 if flags["checkpoint"] else None)
