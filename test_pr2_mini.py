@@ -2879,7 +2879,7 @@ def test_only_trainable_weights_and_predictors_change(expression, base, tmp_path
 # ------------------------------------------------------------------------------ Many processes
 
 TOGETHER = {method: {"method": method} for method in METHODS}
-TOGETHER |= {f"{m}, cut": {"method": m, "micro_tokens": 40} for m in ("gspo", "r2", "pr2-cf")}
+TOGETHER |= {f"{m}, cut": {"method": m, "micro_tokens": 8} for m in ("gspo", "r2", "pr2-cf")}
 TOGETHER |= {"not finite": {"method": "pr2"}, "fp8": {"method": "pr2", "rollout_dtype": "fp8"}}
 EQUAL = [case for case in TOGETHER if case != "fp8"]  # whose rounding decides on routes
 
@@ -2914,7 +2914,7 @@ def wholes(model):
 
 def train_together(case, world):
     """An RL step by this process and the others: what each of them found."""
-    config = tiny_settings(prompts=8, max_grad_norm=0.1, **TOGETHER[case])
+    config = tiny_settings(prompts=8, max_new_tokens=6, max_grad_norm=0.1, **TOGETHER[case])
     model = countdown_model()
     engine = world.place(rollout_engine(model, config.rollout_dtype))
     model, gradients, lengths = world.place(model), [], []
@@ -3041,7 +3041,7 @@ def test_weights_trained_by_many_processes_are_those_of_one(case, together, sing
 def test_process_whose_responses_have_ended_keeps_step(together, single):
     processes, alone = in_step("r3", together, single)
     assert set(processes[0]["lengths"]) == {1}
-    assert max(processes[-1]["lengths"]) == 10
+    assert max(processes[-1]["lengths"]) == 6
     assert sum(sum(p["lengths"]) for p in processes) == sum(alone["lengths"])
 
 
