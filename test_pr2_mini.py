@@ -2828,6 +2828,7 @@ def test_first_end_token_of_the_generation_config_ends_a_response(published, tmp
         (lambda f: (f / "config.json").unlink(), "", "config.json is missing or damaged"),
         (lambda f: f.rename(f.with_name("moved")), "", "config.json is missing or damaged"),
         (lambda f: edit_config(f, eos_token_id=None), "", "config.json names no eos_token_id"),
+        (lambda f: edit_config(f, vocab_size=50), "", "tokens; expected at most the model's 50"),
         (lambda f: None, "--template Answer:", '"Answer:" does not contain {problem}'),
         (lambda f: None, "--operands 1", "--operands and --largest must be at least 2 and 1"),
         (lambda f: None, "--trainable gate_proj", '--trainable "gate_proj" matches no weight'),
@@ -3107,6 +3108,7 @@ def resumed(died, count):
 def test_process_that_is_killed_ends_the_job_with_an_error(died):
     folder, done = died
     assert done.returncode != 0
+    assert "process 0 stops because another has" in done.stderr
     assert len(rows(folder)) == 5 and saved_step(folder) == 3
 
 
