@@ -2974,10 +2974,11 @@ def torchrun(folder, count, *command, wait=120):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command = [sys.executable, *launcher, str(count), *map(str, command)]
     path = str(Path(train_toy.__file__).resolve().parent)
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TMPDIR": str(folder)}
     started = subprocess.Popen(
         command,
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env=os.environ | settings,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
