@@ -388,6 +388,8 @@ class WordProblems:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:
             raise ValueError(f"{path} is damaged: {error}") from None
+        size, most = self.tokenizer.get_vocab_size(), ids["vocab_size"]
+        expect(size <= most, f"{path} has {size} tokens; expected at most the model's {most}")
         if (generation := folder / "generation_config.json").is_file():
             ids |= pr2_mini.read(generation)
         ends = ids.get("eos_token_id")
@@ -1101,6 +1103,11 @@ def main(arguments: list[str]) -> int:
         if Processes.rank == 0 or dist.is_initialized():
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "by peer" not in str(error):  # gloo's word where another process has gone
+            raise
+        print(f"process {Processes.rank} stops because another has", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped at once; what was checkpointed before is kept", file=sys.stderr)
         return 130
