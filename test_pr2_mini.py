@@ -3380,6 +3380,117 @@ def test_resumed_run_of_a_checkpoint_is_the_same_bit_for_bit(trained, tmp_path):
     assert rows(folder) == rows(trained)
 
 
+# --------------------------------------------------------------------------------------- Memory
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """What `memory` says of one rollout batch of a small model, and what torch has of it."""
+    shape = ModelConfig(32, num_hidden_layers=3, num_experts=8, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    model = MoETransformer(shape)
+    sizes = {"prompts": 4, "samples": 2, "max_new_tokens": 6, "eos": -1, "rollout_dtype": "bf16"}
+    config, torches, caches = RLConfig(**sizes), {}, []
+    engine, optimizer = rollout_engine(model, "bf16"), make_optimizer(model, config)
+
+    def size(tensors):
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def record(length):
+        caches.append(Cache(length))
+        return caches[-1]
+
+    def reward(rollout):
+        torches["routes"] = rollout.experts.nbytes
+        return share_of_even_tokens(rollout)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pr2_mini, "Cache", record)
+        prompts = torch.randint(2, 32, (4, 64))
+        mini_steps, _ = collect(model, engine, config, prompts, reward)
+        for i, batches in enumerate(mini_steps, 1):
+            patch.setattr(optimizer, "zero_grad", lambda: None)  # so that gradients can be seen
+            mini_step(model, optimizer, config, batches, i)
+    torches["gradients"] = size(p.grad for p in model.parameters())
+    torches["AdamW"] = size(t for p in optimizer.state.values() for t in p.values() if t.dim())
+    torches["weights, float32"] = size(model.parameters())
+    torches["rollout engine"] = size(engine.parameters())
+    torches["keys and values"] = size(caches[0].layers.values())
+    slices = [batch for batches in mini_steps for batch in batches]
+    # float32 features here, bfloat16 in a run with --checkpoint
+    torches["cached features"] = size(b.inputs.bfloat16() for b in slices)
+    torches["cached features"] += size(b.old_logits for b in slices)
+    return train_toy.memory(shape, config, "", 1), torches
+
+
+KINDS = ["weights, float32", "gradients", "AdamW", "rollout engine", "keys and values", "routes"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "cached features"])
+def test_memory_is_what_torch_takes(measured, kind):
+    computed, torches = measured
+    assert computed[kind] == torches[kind]
+
+
+def test_memory_of_activations_is_what_torch_saves_for_backward():
+    """Within a tenth: the formula leaves out what does not grow with the width."""
+    shape = ModelConfig(
+        32, hidden_size=128, num_hidden_layers=3, num_experts=16, num_experts_per_tok=4
+    )
+    config = RLConfig(prompts=4, samples=1, max_new_tokens=65, mini_steps=1, rollout_dtype="bf16")
+    model = MoETransformer(shape).bfloat16()
+    for router in model.routers:
+        router.float()
+    tokens, weights = torch.randint(32, (4, 128)), {p.data_ptr() for p in model.parameters()}
+
+    def saved(forward):
+        sizes = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes(), tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            forward()
+        return sum(size for at, (size, _) in sizes.items() if at not in weights)
+
+    x = model.embed(tokens).detach().requires_grad_()
+    rotary, _ = model.positions(x, None, None)
+    block = saved(lambda: model.blocks[0](x, rotary, None, None, None, None))
+    others = saved(lambda: model(tokens, head=False, recompute=True))
+    computed = train_toy.memory(shape, config, "", 1)["activations"]
+    assert abs(computed / (block + others) - 1) < 0.1
+
+
+def test_memory_of_sharded_things_is_divided_by_the_processes():
+    config = RLConfig(prompts=8)
+    shape = ModelConfig(32, num_experts=8, num_experts_per_tok=2)
+    one, four = (train_toy.memory(shape, config, "", processes) for processes in (1, 4))
+    whole = sum(p.nbytes for router in MoETransformer(shape).routers for p in router.parameters())
+    name = "weights, float32"
+    assert four[name] - whole == (one[name] - whole) / 4
+    assert four["keys and values"] == one["keys and values"] / 4
+
+
+def test_memory_of_frozen_weights_has_no_gradients():
+    shape = ModelConfig(32, num_experts=8, num_experts_per_tok=2)
+    computed = train_toy.memory(shape, RLConfig(), "router", 1)
+    routers = MoETransformer(shape).routers
+    assert computed["gradients"] == sum(p.nbytes for r in routers for p in r.parameters())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--memory 1", "--memory needs --checkpoint"),
+        ("--memory 0 --checkpoint X", "--memory is 0; expected a number of processes"),
+    ],
+)
+def test_memory_without_a_checkpoint_or_processes_is_refused(flags, message, capsys):
+    assert message in refusal(capsys, flags)
+
+
 # ------------------------------------------------------------------------ --compare and the figures
 
 

@@ -687,40 +687,39 @@ def summarise(history: list[dict], config: RLConfig) -> None:
     print(f"seconds per step {', '.join(seconds)}")
 
 
-def memory(config: ModelConfig, rl: RLConfig, trainable: str, processes: int) -> dict[str, float]:
+def memory(config: ModelConfig, rl: RLConfig, trained: str, processes: int) -> dict[str, float]:
     """Most bytes that each kind of thing takes on one of the processes of a `--checkpoint` run
     (ours), with prompts of 64 tokens and responses that all have full length."""
-    trained, numbers = re.compile(trainable), defaultdict(int)
-    for name, p in pr2_mini.empty_model(config, torch.float32, "meta").named_parameters():
-        share = p.numel() / (1 if ".router." in name else processes)
-        learns = trained.search(name) or ".predictor." in name
-        numbers["whole" if ".router." in name else "sharded"] += share
-        numbers["trained"] += share if learns else 0
-    L, D, N = (
-        config.num_hidden_layers - len(config.dense_layers),
-        config.hidden_size,
-        config.num_experts,
+    model, sizes = pr2_mini.empty_model(config, torch.float32, "meta"), defaultdict(float)
+    learning = trainable(trained, model)
+    for name, p in model.named_parameters():
+        whole = ".router." in name
+        bytes_here = p.nbytes / (1 if whole else processes)
+        sizes["weights, float32"] += bytes_here
+        sizes["gradients"] += bytes_here if name in learning else 0
+        sizes["AdamW"] += 2 * bytes_here if name in learning else 0
+        halved = rl.rollout_dtype != "fp32" and not whole
+        sizes["rollout engine"] += bytes_here / (2 if halved else 1)
+    layers, L, D = config.num_hidden_layers, len(model.routers), config.hidden_size
+    N, k, width = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
+    query, key = config.num_attention_heads * config.head_dim, model.blocks[0].attention.widths[1]
+    rows, C = rl.prompts * rl.samples // processes, rl.max_new_tokens
+    positions = rows * (64 + C - 1)
+    tokens = min(rl.micro_tokens or positions, positions // rl.mini_steps)
+    block = 2 * (D * (2 * query + 2 * key) + 3 * N * D * width)  # bytes in bfloat16
+    sizes["two blocks, embedding and head, gathered"] = 2 * block + 4 * config.vocab_size * D
+    sizes["keys and values"] = (
+        (4 if rl.rollout_dtype == "fp32" else 2) * positions * 2 * layers * key
     )
-    k, width, head = config.num_experts_per_tok, config.moe_intermediate_size, config.head_dim
-    query, key = config.num_attention_heads * head, config.num_key_value_heads * head
-    rows, length = rl.prompts * rl.samples // processes, 64 + rl.max_new_tokens - 1
-    cached = rows * min(rl.cached_positions or rl.max_new_tokens, rl.max_new_tokens)
-    tokens = min(rl.micro_tokens or rows * length // rl.mini_steps, rows * length // rl.mini_steps)
-    number = 4 if rl.rollout_dtype == "fp32" else 2
-    block = 2 * (D * (2 * query + 2 * key) + 3 * N * D * width)
-    inside = 2 * (6 * D + 4 * (query + 2 * key) + k * (2 * D + 5 * width)) + 4 * 4 * N
-    return {
-        "weights, float32": 4 * (numbers["sharded"] + numbers["whole"]),
-        "gradients": 4 * numbers["trained"],
-        "AdamW": 8 * numbers["trained"],
-        "rollout engine": number * numbers["sharded"] + 4 * numbers["whole"],
-        "two whole blocks, head and embedding, bfloat16": 2 * block + 4 * config.vocab_size * D,
-        "keys and values of a rollout": number * 2 * config.num_hidden_layers * rows * length * key,
-        "activations": tokens * (2 * config.num_hidden_layers * D + 8 * L * N + inside)
-        + 3 * 4 * min(tokens, 8192) * config.vocab_size,
-        "routes": rows * length * L * k * (1 if N <= 256 else 2),
-        "cached features": cached * L * (2 * D + 4 * N) if rl.predicts else 0,
-    }
+    # Bytes per token that one block saves for backward, fitted to what torch reports; every other
+    # block keeps its input and router logits.
+    saved = 22 * D + 14 * (query + key) + k * (4 * D + 8 * width + 41) + 4 * N
+    sizes["activations"] = tokens * (saved + layers * 2 * D + L * 8 * N + 7 * D)
+    sizes["logits"] = 3 * 4 * min(tokens, 8192) * config.vocab_size
+    sizes["routes"] = positions * L * k * (1 if N <= 256 else 2)
+    cached = rows * min(rl.cached_positions or C, C)
+    sizes["cached features"] = cached * L * (2 * D + 4 * N) if rl.predicts else 0
+    return dict(sizes)
 
 
 def print_memory(given: dict) -> None:
