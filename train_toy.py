@@ -99,12 +99,9 @@ def parse(arguments: list[str]) -> tuple[dict, list[str] | None]:
     )
     for name, (default, text) in FLAGS.items():
         text += f" (default: {default})" if default != "" else ""
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=type(default), help=text, metavar=""
-        )
-    text = (
-        "train variants, METHOD or METHOD:flag=value,..., from the same base models, side by side"
-    )
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=type(default), help=text, metavar="")
+    text = "train variants, METHOD or METHOD:flag=value,..., from the same base models"
     parser.add_argument("--compare", nargs="*", metavar="VARIANT", help=text)
     text = "print where the time goes, and the ratios to transformers if that is installed"
     parser.add_argument("--benchmark", action="store_true", help=text)
@@ -196,11 +193,9 @@ class Processes:
         if self.mesh is None:
             return model.to(self.device)
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-        routers = {
-            tensor for router in model.routers for tensor in router.to(self.device).parameters()
-        }
+        whole = {p for router in model.routers for p in router.to(self.device).parameters()}
         for module in [*model.blocks, model]:
-            fully_shard(module, mesh=self.mesh, mp_policy=policy, ignored_params=routers)
+            fully_shard(module, mesh=self.mesh, mp_policy=policy, ignored_params=whole)
         return model
 
 
@@ -520,26 +515,21 @@ class Run:
 
     def batch(self) -> tuple:
         """This process's share of the next prompts, and what else `collect` asks for."""
-        count, config, key = (
-            self.world.count,
-            self.config,
-            (self.flags["seed"], self.progress["step"]),
-        )
-        for model in (self.model, self.engine) if self.world.mesh is not None else ():
+        config, world, key = self.config, self.world, (self.flags["seed"], self.progress["step"])
+        for model in (self.model, self.engine) if world.mesh is not None else ():
             model.reshard()  # FSDP2 leaves what is outside the blocks whole after a forward pass
         problems = self.task.problems(config.prompts, generator_for("prompts", *key))
-        prompts = self.task.prompts(problems).to(self.world.device)
-        rows = torch.arange(len(problems)).view(config.mini_steps, count, -1)
-        mine = rows[:, self.world.rank].flatten()
+        prompts = self.task.prompts(problems).to(world.device)
+        rows = torch.arange(len(problems)).view(config.mini_steps, world.count, -1)
+        mine = rows[:, world.rank].flatten()
         asked = [problems[row] for row in mine for _ in range(config.samples)]
 
         def reward(rollout: pr2_mini.Rollout) -> torch.Tensor:
-            return self.task.rewards(
-                asked, self.task.decode(rollout.tokens[:, rollout.prompt_length :])
-            )
+            responses = self.task.decode(rollout.tokens[:, rollout.prompt_length :])
+            return self.task.rewards(asked, responses)
 
-        generator = generator_for("samples", *key, self.world.rank, device=self.world.device)
-        return prompts[mine], reward, generator, self.world.gather
+        generator = generator_for("samples", *key, world.rank, device=world.device)
+        return prompts[mine], reward, generator, world.gather
 
     def advance(self) -> dict:
         """One rollout batch; returns its row of metrics.jsonl."""
@@ -1058,7 +1048,12 @@ def against_transformers(device: torch.device, rounds: int) -> None:
     trainers = [functools.partial(train_on, forward) for forward in forwards]
     version = f"transformers {transformers.__version__}"
     print_row(version, "pr2_mini, ms", "theirs, ms", "ratio", head=True)
-    for name, calls in (("training step", trainers), ("generation", writers)):
+    rows = {"training step": trainers, "generation": writers}
+    if shutil.which("c++"):  # which torch.compile needs on a CPU
+        compiled = torch.compile(model)
+        fast = functools.partial(train_on, lambda: compiled(ids)[0])
+        rows["training step, ours with torch.compile"] = [fast, *trainers[1:]]
+    for name, calls in rows.items():
         own, *theirs = timed(calls, rounds)
         best = min(theirs, key=statistics.median)
         ratios = [b / a for a, b in zip(own, best, strict=True)]
