@@ -1987,16 +1987,16 @@ def test_drift_of_a_hand_computed_example():
     batch = Slice(*[None] * len(Slice._fields))._replace(
         reference=torch.stack([routes, perfect]),
         stale=torch.stack([wrong, perfect]),
-        engine=torch.stack([perfect, wrong]),
+        engine=torch.stack([perfect, perfect]),
     )
     found = drift(batch, rho.log().expand(2, 4, 8))
     expected = {  # sums over four tokens of means over two layers
         "agreement": (1 + 0.75 + 0.5 + 0.25 + 4) / 2,
         "stale_agreement": 4 / 2,
-        "engine_agreement": 4 / 2,
+        "engine_agreement": (4 + 4) / 2,
         "no_deviation": (1 + 4) / 2,
         "stale_no_deviation": 4 / 2,
-        "engine_no_deviation": 4 / 2,
+        "engine_no_deviation": (4 + 4) / 2,
         "deviations_1": 1 / 2,
         "deviations_2": 1 / 2,
         "deviations_3_or_more": 1 / 2,
