@@ -3654,8 +3654,9 @@ def test_benchmark_prints_a_row_for_every_method_and_curve(capsys, monkeypatch):
     assert "pip install transformers" in text
 
 
-def test_benchmark_prints_the_ratios_to_transformers(capsys):
+def test_benchmark_prints_the_ratios_to_transformers(capsys, monkeypatch):
     needs_extras()
+    monkeypatch.setattr(shutil, "which", lambda _: None)  # compiling takes too long for a test
     train_toy.against_transformers(torch.device("cpu"), 1)
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
     assert [row[1].strip() for row in rows[2:]] == ["training step", "generation"]
