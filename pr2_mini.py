@@ -42,7 +42,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -118,7 +118,7 @@ class Trace(NamedTuple):
 
 
 class Cache:
-    """Keys and values of up to `length` positions, allocated once, from the first it is given."""
+    """Keys and values of up to `length` positions, allocated when the first of them come."""
 
     def __init__(self, length: int):
         self.length, self.used, self.layers = length, 0, {}
@@ -382,7 +382,8 @@ class MoETransformer(nn.Module):
         expect(integer, f"replay has dtype {replay.dtype}; expected integer expert ids")
         message = f"replay has shape {shape}; the model has {L} MoE layers and expects {expected}"
         expect(shape == expected, message)
-        inside = bool(((replay >= 0) & (replay < N)).all())
+        low, high = map(int, replay.aminmax())  # compared as int: 256 wraps to a uint8 of 0
+        inside = low >= 0 and high < N
         expect(inside, f"replay names an expert outside 0..{N - 1}, the ids of this model")
         distinct = int(shared(replay, replay).sum()) == replay.numel()
         expect(distinct, "replay names one expert twice; the k ids of a row must be distinct")
@@ -628,9 +629,8 @@ def generate(
         token = (log_p.exp() / race).argmax(-1, keepdim=True)
         tokens[rows, column] = token[:, 0]
         logprobs[rows, column - P] = log_p.gather(-1, token)[:, 0]
-        if (
-            device.type == "cpu" or (column - P) % 8 == 0
-        ):  # A GPU has to wait for the look at the tokens.
+        # A look at the tokens makes a GPU wait.
+        if device.type == "cpu" or (column - P) % 8 == 0:
             going = (tokens[rows, P : column + 1] != eos).all(1).nonzero()[:, 0]
             if not gather(torch.tensor(len(going), device=device)).any():
                 break
@@ -739,8 +739,8 @@ class RLConfig:
     router_multiplier: float = 1.0  # learning rate of W over the policy's; ours, see the README
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
-    clip: tuple[float, float] | None = None  # low, high; None: (0.2, 0.28), for gspo (3e-4, 4e-4)
-    clip_multiplier: float = 1.0  # of both; inf = no clipping
+    clip: tuple[float, float] = field(init=False)  # (0.2, 0.28), for gspo (3e-4, 4e-4), times
+    clip_multiplier: float = 1.0  # inf = no clipping
     alpha: float = 2.0  # learning rate of W_p over the policy's
     predictor_loss: str = "post"
     predictor_beta1: float = 0.0  # ours: with Adam's usual 0.9 the prediction lags behind
@@ -759,9 +759,8 @@ class RLConfig:
         kappa, Q = self.mini_steps, self.prompts
         expect(kappa <= Q, f"mini_steps {kappa} is larger than the {Q} prompts of a rollout batch")
         expect(Q % kappa == 0, f"{Q} prompts do not divide into {kappa} equal mini-steps")
-        if self.clip is None:
-            self.clip = (3e-4, 4e-4) if self.method == "gspo" else (0.2, 0.28)
-        self.clip = tuple(self.clip_multiplier * bound for bound in self.clip)
+        bounds = (3e-4, 4e-4) if self.method == "gspo" else (0.2, 0.28)
+        self.clip = tuple(self.clip_multiplier * bound for bound in bounds)
         self.predicts = self.method.startswith("pr2")
 
 
@@ -848,14 +847,15 @@ def old_pass(
         m = horizon[rows].expand(mask.shape)[mask][:, None]
         own = (p + m * b).topk(route.shape[-1]).indices.to(route.dtype)
     sums = {
-        "entropy": -old.sum(),  # of the sampled tokens, an unbiased estimate
+        "entropy": -old.sum(),  # log-probs of sampled tokens estimate it, as far as mu_old = pi_old
         "mismatch_logprob": (rollout.logprobs[rows, :c] - old).abs().sum(),
         # Routes of the rollout engine that the training engine, by the same rule, would not take.
         "mismatch_route": (shared(route, own) < route.shape[-1]).sum() / len(route),
     }
     route = route if replay is None else at_response(replay, mask)
-    routes, features = (replay, route, stale, unpredicted), (cached, inputs, p_old)
-    return Slice(tokens, attend, mask, advantages[rows], old, *routes, *features), sums
+    routes = {"replay": replay, "reference": route, "stale": stale, "engine": unpredicted}
+    features = {"cached": cached, "inputs": inputs, "old_logits": p_old}
+    return Slice(tokens, attend, mask, advantages[rows], old, **routes, **features), sums
 
 
 @torch.no_grad()
@@ -899,18 +899,17 @@ def aim(model: MoETransformer, optimizer: torch.optim.AdamW, decay: float = 0.85
             root = (state["exp_avg_sq"] / correction2).sqrt() + group["eps"]
             V = -group["lr"] * state["exp_avg"] / correction1 / root
         steps.append(V)
-        router.predictor.weight.copy_(
-            V * (router.gain[0] / router.gain[1].clamp(1e-12)).clamp(0, 1)
-        )
+        gain = (router.gain[0] / router.gain[1].clamp(1e-12)).clamp(0, 1)
+        router.predictor.weight.copy_(gain * V)
         router.gain.mul_(decay)
     return torch.stack(steps)
 
 
 @torch.no_grad()
-def measure_gain(model: MoETransformer, b: Tensor, drift: Tensor, gather=alone) -> None:
+def measure_gain(model: MoETransformer, b: Tensor, moved: Tensor, gather=alone) -> None:
     """Ours, pr2-cf: adds a prediction b and the drift that came, (L, n, N), to the running sums."""
-    drift, b = (t - t.mean(-1, keepdim=True) for t in (drift, b))  # a common shift routes nobody
-    for router, came, guess in zip(model.routers, drift, b, strict=True):
+    moved, b = (t - t.mean(-1, keepdim=True) for t in (moved, b))  # a common shift routes nobody
+    for router, came, guess in zip(model.routers, moved, b, strict=True):
         new = gather(torch.stack([(came * guess).sum(), guess.square().sum()])).sum(0)
         router.gain.add_(new if new.isfinite().all() else 0)
 
@@ -930,7 +929,7 @@ def total_norm(parameters: list[Tensor]) -> Tensor:
 def mini_step(model, optimizer, config, batches, i, V=None, gather=alone) -> dict[str, float]:
     """Mini-step i: one update of the policy and, from i = 2 on, of the predictor. Returns metrics.
     The batches are micro-batches: their gradients add up to that of one large batch. An update
-    whose loss or gradient is not finite is skipped, by all processes together."""
+    whose loss or gradient is not finite is skipped (ours), by all processes together."""
     tokens, cached = sum(b.mask.sum() for b in batches), sum(b.cached.sum() for b in batches)
     counts = torch.stack([tokens, cached, tokens.new_tensor(sum(len(b.mask) for b in batches))])
     # Processes average their gradients and sums, so the denominators are averages too.
@@ -958,8 +957,9 @@ def mini_step(model, optimizer, config, batches, i, V=None, gather=alone) -> dic
             else:
                 loss = loss + surprise
         loss.backward()
-        log_ratio, ratio, up = log_ratio.detach(), surrogate.detach().exp(), batch.advantages > 0
-        sums["clipfrac_low"] += (((ratio < 1 - low) & ~up) * weight).sum()
+        log_ratio, ratio = log_ratio.detach(), surrogate.detach().exp()
+        up, down = batch.advantages > 0, batch.advantages < 0
+        sums["clipfrac_low"] += (((ratio < 1 - low) & down) * weight).sum()
         sums["clipfrac_high"] += (((ratio > 1 + high) & up) * weight).sum()
         sums["approx_kl"] += (log_ratio.exp() - 1 - log_ratio).sum() / tokens
         sums["log_ratio_mean"] += log_ratio.abs().sum() / tokens
@@ -997,9 +997,10 @@ def collect(
     Q, G, kappa, clock = len(prompts), config.samples, config.mini_steps, [time.perf_counter()]
     expect(Q % kappa == 0, f"{Q} prompts do not divide into {kappa} equal mini-steps")
     synchronise(engine, model, config.rollout_dtype)
-    # The updates, in the mean over epochs, that a prompt's mini-step will find made.
-    updates = torch.arange(kappa, device=prompts.device) + kappa * (config.epochs - 1) / 2
-    m = (config.predicts * horizon_after(updates, config)).repeat_interleave(Q // kappa)
+    # A prompt's visits find so many updates made; its horizon is the mean over its visits.
+    visits = torch.arange(kappa * config.epochs, device=prompts.device)
+    m = (config.predicts * horizon_after(visits, config)).float().view(-1, kappa).mean(0)
+    m = m.repeat_interleave(Q // kappa)
     sampling = {"samples": G, "temperature": config.temperature, "generator": generator}
     sampling |= {"eos": config.eos, "pad": config.pad, "gather": gather}
     sampling |= {"horizon": m if config.predicts else None}

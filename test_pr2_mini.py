@@ -457,6 +457,14 @@ def last_row(*ids):
     return spoil
 
 
+def test_routes_of_256_experts_can_be_replayed():
+    """Their ids just fit into uint8; 256 itself does not."""
+    model = tiny_model(num_experts=256)
+    trace = model(padded_batch(5)[0])[1]
+    assert trace.experts.dtype == torch.uint8
+    model(padded_batch(5)[0], replay=trace.experts)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -1776,7 +1784,6 @@ def test_impossible_settings_are_refused(changes, message):
 )
 def test_each_method_has_its_own_clip(method, clip):
     assert tiny_settings(method=method).clip == clip
-    assert tiny_settings(method=method, clip=(0.1, 0.3)).clip == (0.1, 0.3)
 
 
 @pytest.mark.parametrize("method", ["pr2", "gspo"])
@@ -1870,6 +1877,7 @@ def test_float32_engine_would_have_replayed_what_is_stale():
         ("pr2-h", 1, [0.0, 0.0, 1.0, 1.0]),  # updates made before the prompt's mini-step
         ("pr2-h", 2, [1.0, 1.0, 2.0, 2.0]),  # means of 0 and 2, of 1 and 3
         ("pr2-cf", 1, [0.0, 0.0, 0.9, 0.9]),  # steps of momentum with beta1 = 0.9
+        ("pr2-cf", 2, [0.855, 0.855, 1.6695, 1.6695]),  # means of 0 and 1.71, of 0.9 and 2.439
     ],
 )
 def test_each_method_rolls_out_at_its_own_horizon(method, epochs, horizon):
@@ -2040,7 +2048,8 @@ def test_prediction_is_compared_at_the_horizon_of_the_mini_step(method, i, m):
 
 
 @pytest.mark.parametrize(
-    ("change", "sign", "low", "high"), [(-1, -1, 1, 0), (-1, 1, 0, 0), (1, 1, 0, 1), (1, -1, 0, 0)]
+    ("change", "sign", "low", "high"),
+    [(-1, -1, 1, 0), (-1, 1, 0, 0), (1, 1, 0, 1), (1, -1, 0, 0), (-1, 0, 0, 0), (1, 0, 0, 0)],
 )
 @pytest.mark.parametrize("method", ["grpo", "gspo"])
 def test_metrics_of_a_known_ratio(method, change, sign, low, high):
@@ -2796,6 +2805,7 @@ def test_contradicting_flag_on_resume_is_refused(copied, capsys):
 def test_resume_may_ask_for_more_steps(copied):
     assert toy(copied.parent, f"--resume {copied} --steps 11").returncode == 0
     assert len(rows(copied)) == 11
+    assert train_toy.read_config(copied)["steps"] == 11
 
 
 @pytest.mark.parametrize("name", ["progress.json", ".metadata", "__0_0.distcp"])
@@ -3380,6 +3390,11 @@ def test_resumed_run_of_a_checkpoint_is_the_same_bit_for_bit(trained, tmp_path):
     assert rows(folder) == rows(trained)
 
 
+@pytest.mark.parametrize("trained", ["r2"], indirect=True)
+def test_finished_run_of_a_checkpoint_may_be_resumed_again(trained):
+    assert main_here("--resume", trained) == 0
+
+
 # --------------------------------------------------------------------------------------- Memory
 
 
@@ -3639,8 +3654,9 @@ def test_benchmark_prints_a_row_for_every_method_and_curve(capsys, monkeypatch):
     assert "pip install transformers" in text
 
 
-def test_benchmark_prints_the_ratios_to_transformers(capsys):
+def test_benchmark_prints_the_ratios_to_transformers(capsys, monkeypatch):
     needs_extras()
+    monkeypatch.setattr(shutil, "which", lambda _: None)  # compiling takes too long for a test
     train_toy.against_transformers(torch.device("cpu"), 1)
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
     assert [row[1].strip() for row in rows[2:]] == ["training step", "generation"]

@@ -99,12 +99,9 @@ def parse(arguments: list[str]) -> tuple[dict, list[str] | None]:
     )
     for name, (default, text) in FLAGS.items():
         text += f" (default: {default})" if default != "" else ""
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=type(default), help=text, metavar=""
-        )
-    text = (
-        "train variants, METHOD or METHOD:flag=value,..., from the same base models, side by side"
-    )
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=type(default), help=text, metavar="")
+    text = "train variants, METHOD or METHOD:flag=value,..., from the same base models"
     parser.add_argument("--compare", nargs="*", metavar="VARIANT", help=text)
     text = "print where the time goes, and the ratios to transformers if that is installed"
     parser.add_argument("--benchmark", action="store_true", help=text)
@@ -150,13 +147,10 @@ def configurations(flags: dict) -> tuple[AdditionTask, ModelConfig, RLConfig]:
     rl = RLConfig(recompute=bool(flags["checkpoint"]), **values)
     expect(flags["steps"] > 0, f"--steps is {flags['steps']}; expected at least 1")
     expect(flags["save_every"] > 0, f"--save-every is {flags['save_every']}; expected at least 1")
-    share, count = rl.mini_steps * Processes.count, rl.prompts
-    even = count % share == 0
-    expect(
-        even,
-        f"{count} prompts do not divide into {rl.mini_steps} mini-steps on "
-        f"{Processes.count} processes; expected a multiple of {share}",
-    )
+    share = rl.mini_steps * Processes.count
+    message = f"{rl.prompts} prompts do not divide into {rl.mini_steps} mini-steps on "
+    message += f"{Processes.count} processes; expected a multiple of {share}"
+    expect(rl.prompts % share == 0, message)
     return task, model, rl
 
 
@@ -176,12 +170,13 @@ class Processes:
         except (RuntimeError, AssertionError, NotImplementedError):
             raise ValueError(f'device "{name}" is not available here; try --device cpu') from None
         self.mesh = None
-        if (sharded or several) and not dist.is_initialized():
+        if sharded or several:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            dist.init_process_group(backend, **({} if several else alone))
+            single = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            if not dist.is_initialized():
+                dist.init_process_group(backend, **({} if several else single))
             self.mesh = dist.init_device_mesh(self.device.type, (self.count,))
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
@@ -198,11 +193,9 @@ class Processes:
         if self.mesh is None:
             return model.to(self.device)
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-        routers = {
-            tensor for router in model.routers for tensor in router.to(self.device).parameters()
-        }
+        whole = {p for router in model.routers for p in router.to(self.device).parameters()}
         for module in [*model.blocks, model]:
-            fully_shard(module, mesh=self.mesh, mp_policy=policy, ignored_params=routers)
+            fully_shard(module, mesh=self.mesh, mp_policy=policy, ignored_params=whole)
         return model
 
 
@@ -248,8 +241,6 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         reason = error.strerror
     expect(not reason, f"cannot write the folder {folder} ({reason}); choose another --out")
-    empty = not any(folder.iterdir())
-    expect(empty, f"{folder} is not empty; choose another --out, or continue it with --resume")
 
 
 def read_config(folder: Path) -> dict:
@@ -465,6 +456,8 @@ class Run:
         model, self.origin = pr2_mini.empty_model(model_config, torch.float32, "cpu"), ""
         trained = trainable(flags["trainable"], model)
         if world.rank == 0 and not resume:
+            empty = not folder.is_dir() or not any(folder.iterdir())
+            expect(empty, f"{folder} is not empty; choose another --out, or --resume it")
             if path := flags["checkpoint"]:
                 model, self.origin = MoETransformer.from_pretrained(path), path
             make_folder(folder)
@@ -480,6 +473,7 @@ class Run:
         if world.mesh is not None and not resume:
             options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
             dcp_state.set_model_state_dict(self.model, values, options=options)
+        del values  # of a large model, a second copy
         self.optimizer = pr2_mini.make_optimizer(self.model, self.config)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.tensors = everything(self.model, self.optimizer)
@@ -491,9 +485,9 @@ class Run:
             short = f"{self.log} lacks lines; expected the {step} up to the checkpoint"
             expect(len(lines) >= step, short)
             self.history = [json.loads(line) for line in lines[:step]]
+        self.write(folder / "config.json", json.dumps(flags, indent=2) + "\n")
         self.write(self.log, "".join(json.dumps(row) + "\n" for row in self.history))
         if not resume:
-            self.write(folder / "config.json", json.dumps(flags, indent=2) + "\n")
             self.save()
 
     def write(self, path: Path, text: str) -> None:
@@ -521,31 +515,26 @@ class Run:
 
     def batch(self) -> tuple:
         """This process's share of the next prompts, and what else `collect` asks for."""
-        count, config, key = (
-            self.world.count,
-            self.config,
-            (self.flags["seed"], self.progress["step"]),
-        )
-        for model in (self.model, self.engine) if self.world.mesh is not None else ():
+        config, world, key = self.config, self.world, (self.flags["seed"], self.progress["step"])
+        for model in (self.model, self.engine) if world.mesh is not None else ():
             model.reshard()  # FSDP2 leaves what is outside the blocks whole after a forward pass
         problems = self.task.problems(config.prompts, generator_for("prompts", *key))
-        prompts = self.task.prompts(problems).to(self.world.device)
-        rows = torch.arange(len(problems)).view(config.mini_steps, count, -1)
-        mine = rows[:, self.world.rank].flatten()
+        prompts = self.task.prompts(problems).to(world.device)
+        rows = torch.arange(len(problems)).view(config.mini_steps, world.count, -1)
+        mine = rows[:, world.rank].flatten()
         asked = [problems[row] for row in mine for _ in range(config.samples)]
 
         def reward(rollout: pr2_mini.Rollout) -> torch.Tensor:
-            return self.task.rewards(
-                asked, self.task.decode(rollout.tokens[:, rollout.prompt_length :])
-            )
+            responses = self.task.decode(rollout.tokens[:, rollout.prompt_length :])
+            return self.task.rewards(asked, responses)
 
-        generator = generator_for("samples", *key, self.world.rank, device=self.world.device)
-        return prompts[mine], reward, generator, self.world.gather
+        generator = generator_for("samples", *key, world.rank, device=world.device)
+        return prompts[mine], reward, generator, world.gather
 
     def advance(self) -> dict:
         """One rollout batch; returns its row of metrics.jsonl."""
         step, world = self.progress["step"], self.world
-        # Adam's first steps are as large as its rate allows and would scramble the routers.
+        # Ours: Adam's first steps are as large as its rate allows and would scramble the routers.
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * min(1.0, (step + 1) / 10)
         parts = self.model, self.engine, self.optimizer, self.config
@@ -614,30 +603,34 @@ class Run:
         if self.flags["checkpoint"]:
             options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
             values = dcp_state.get_model_state_dict(self.model, options=options)
-            if self.world.rank == 0:
+            path = self.folder / f"model-{self.progress['step']}"
+            if self.world.rank == 0 and not path.exists():
                 whole = pr2_mini.empty_model(self.model.config, torch.bfloat16, "cpu")
                 whole.load_state_dict(values)
                 whole.source = Path(self.flags["checkpoint"])
-                whole.save_pretrained(path := self.folder / f"model-{self.progress['step']}")
-                print(f"wrote            {path}")
+                whole.save_pretrained(path)
+            print(f"wrote            {path}")
         if plot := pyplot():
-            prompts, reward, generator, gather = self.batch()
-            parts = self.model, self.optimizer, self.config
-            V = pr2_mini.aim(*parts[:2]) if self.config.method == "pr2-cf" else None
-            parts_ = self.model, self.engine, self.config, prompts, reward, generator, gather
-            mini_steps, _ = pr2_mini.collect(*parts_)
-            for i, batches in enumerate(mini_steps[:-1], 1):  # what the last mini-step will find
-                pr2_mini.mini_step(*parts, batches, i, V, gather)
-            states = watch(self.model, self.config, mini_steps[-1][0], self.task)
+            routes = self.routes()
             if self.world.rank == 0:
-                draw_run(plot, self.history, *states, self.folder)
+                draw_run(plot, self.history, *routes, self.folder)
+
+    def routes(self) -> tuple[list[str], torch.Tensor]:
+        """A response and its routes, for a picture, as the last mini-step of one more batch finds
+        them: what is saved stays as it is."""
+        model, optimizer, config, batch = self.model, self.optimizer, self.config, self.batch()
+        V = pr2_mini.aim(model, optimizer) if config.method == "pr2-cf" else None
+        mini_steps, _ = pr2_mini.collect(model, self.engine, config, *batch)
+        for i, batches in enumerate(mini_steps[:-1], 1):
+            pr2_mini.mini_step(model, optimizer, config, batches, i, V, self.world.gather)
+        return watch(model, config, mini_steps[-1][0], self.task)
 
 
 @torch.no_grad()
 def watch(
     model: MoETransformer, config: RLConfig, batch: pr2_mini.Slice, task: AdditionTask
 ) -> tuple[list[str], torch.Tensor]:
-    """One response of a micro-batch, by token, and the state (L, tokens) of its routes.
+    """A response of a micro-batch, 40 tokens at most, and the state (L, tokens) of its routes.
 
     0: the replayed set is the current one, and so is the stale one; 1: only the replayed one is;
     2: only the stale one is; 3: neither.
@@ -653,7 +646,7 @@ def watch(
     by_response = states.split(lengths, 1)
     row = max(range(len(lengths)), key=lambda r: int((by_response[r] > 0).sum()))
     tokens = batch.tokens[row][-batch.mask.shape[1] :][batch.mask[row]]
-    return task.decode(tokens[:, None]), by_response[row].cpu()
+    return task.decode(tokens[:40, None]), by_response[row][:, :40].cpu()
 
 
 def ratio(log_ratio: float | None) -> float:
@@ -903,7 +896,9 @@ def draw_run(plot, history: list[dict], tokens: list[str], states: torch.Tensor,
     cells = {"cmap": colours, "vmin": 0, "vmax": 3, "edgecolors": "white", "linewidth": 2}
     grid.pcolormesh(states.tolist(), **cells)
     grid.set(title="The response with most drift in the last mini-step", ylabel="layer")
-    grid.set_xticks([i + 0.5 for i in range(len(tokens))], tokens, fontfamily="monospace")
+    grid.set_xticks(
+        [i + 0.5 for i in range(len(tokens))], tokens, fontfamily="monospace", parse_math=False
+    )
     grid.set_yticks([i + 0.5 for i in range(len(states))], range(1, 1 + len(states)))
     grid.invert_yaxis()
     grid.tick_params(length=0)
@@ -978,10 +973,8 @@ def middle(values: list[float], digits: int = 0) -> str:
     """Median, and the order statistics that enclose the true one with a confidence of 95 %."""
     values, n = sorted(values), len(values)
     low = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
-    median, *ends = (
-        f"{v:.{digits}f}" for v in (statistics.median(values), values[low], values[~low])
-    )
-    return f"{median} ({ends[0]} to {ends[1]})"
+    shown = [f"{v:.{digits}f}" for v in (statistics.median(values), values[low], values[~low])]
+    return "{} ({} to {})".format(*shown)
 
 
 def print_row(*cells: object, head: bool = False) -> None:
@@ -993,10 +986,8 @@ def benchmark(given: dict, rounds: int = 40) -> int:
     """Prints where a step's time goes and how it grows, and the ratios to transformers."""
     expect(not ONLY_ONCE & given.keys(), "--benchmark goes with the settings of a run only")
     flags = settings(given)
-    (task, shape, rl), device = (
-        configurations(flags),
-        Processes(flags["device"], sharded=False).device,
-    )
+    task, shape, rl = configurations(flags)
+    device = Processes(flags["device"], sharded=False).device
     print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads; medians")
     print("and their 95 % intervals; random weights, every response at its full length")
     problems = task.problems(rl.prompts, torch.Generator().manual_seed(flags["seed"]))
@@ -1057,7 +1048,12 @@ def against_transformers(device: torch.device, rounds: int) -> None:
     trainers = [functools.partial(train_on, forward) for forward in forwards]
     version = f"transformers {transformers.__version__}"
     print_row(version, "pr2_mini, ms", "theirs, ms", "ratio", head=True)
-    for name, calls in (("training step", trainers), ("generation", writers)):
+    rows = {"training step": trainers, "generation": writers}
+    if shutil.which("c++"):  # which torch.compile needs on a CPU
+        compiled = torch.compile(model)
+        fast = functools.partial(train_on, lambda: compiled(ids)[0])
+        rows["training step, ours with torch.compile"] = [fast, *trainers[1:]]
+    for name, calls in rows.items():
         own, *theirs = timed(calls, rounds)
         best = min(theirs, key=statistics.median)
         ratios = [b / a for a, b in zip(own, best, strict=True)]
