@@ -158,7 +158,8 @@ class Router(nn.Module):
         p = scores = F.linear(h, self.weight.float())  # p = h W
         if horizon is not None:  # rho_hat = softmax(p + m b), b = h W_p; the paper's m is 1
             # Detached: the policy loss never trains W_p.
-            scores = p + horizon * F.linear(h, self.predictor.weight.detach().float())
+            b = F.linear(h, self.predictor.weight.detach().float())
+            scores = torch.addcmul(p, b, torch.as_tensor(horizon).to(p))
         rho = scores.softmax(-1)
         experts = rho.topk(self.top_k).indices if replay is None else replay.long()
         # Replay picks the set; the weights are today's, so the router still gets gradient.
@@ -796,7 +797,7 @@ class Slice(NamedTuple):
 
 def at_response(values: Tensor, mask: Tensor) -> Tensor:
     """(..., b, T, x) -> (..., n, x), the positions that predict the n tokens of mask (b, c)."""
-    return values[..., -mask.shape[1] :, :].flatten(-3, -2)[..., mask.flatten(), :]
+    return values[..., -mask.shape[1] :, :][..., mask, :]
 
 
 def response_logprobs(model, tokens, attend, mask, temperature, **forward) -> tuple[Tensor, Trace]:
@@ -841,9 +842,9 @@ def old_pass(
         _, seen = engine(tokens[:, :-1], attend=attend, replay=recorded, head=False)
         unpredicted = at_response(seen.logits, mask).topk(route.shape[-1]).indices.to(route.dtype)
     if config.predicts:
-        inputs, p_old = (at_response(values, cached) for values in (trace.inputs, trace.logits))
-        W_p = torch.stack([router.predictor.weight for router in model.routers])
-        b = at_response(trace.inputs, mask).float() @ W_p.mT
+        h, W_p = at_response(trace.inputs, mask), [r.predictor.weight for r in model.routers]
+        inputs, p_old = h[:, cached[mask]], p[:, cached[mask]]
+        b = h.float() @ torch.stack(W_p).mT
         m = horizon[rows].expand(mask.shape)[mask][:, None]
         own = (p + m * b).topk(route.shape[-1]).indices.to(route.dtype)
     sums = {
@@ -946,15 +947,16 @@ def mini_step(model, optimizer, config, batches, i, V=None, gather=alone) -> dic
             weight = batch.mask / batch.mask.sum(1, keepdim=True) / responses
         loss = (ppo_loss(surrogate, batch.advantages, low, high) * weight).sum()
         sums["loss"] += loss.detach()
+        logits = at_response(trace.logits.detach(), batch.mask)
         if config.predicts and i > 1:  # At i = 1 nothing has drifted yet.
-            inputs = batch.inputs.float() * horizon_after(i - 1, config)
-            p_old, p = batch.old_logits, at_response(trace.logits, batch.cached)
-            W_p = torch.stack([router.predictor.weight for router in model.routers])
-            surprise = predictor_loss(inputs, p_old, p, W_p, config.predictor_loss) / cached
-            sums["predictor_loss"] += surprise.detach()
+            m, inputs, p_old = horizon_after(i - 1, config), batch.inputs.float(), batch.old_logits
+            p = logits[:, batch.cached[batch.mask]]
             if config.method == "pr2-cf":
-                measure_gain(model, inputs @ V.mT, p - p_old, gather)
+                measure_gain(model, inputs @ (m * V).mT, p - p_old, gather)
             else:
+                W_p = m * torch.stack([router.predictor.weight for router in model.routers])
+                surprise = predictor_loss(inputs, p_old, p, W_p, config.predictor_loss) / cached
+                sums["predictor_loss"] += surprise.detach()
                 loss = loss + surprise
         loss.backward()
         log_ratio, ratio = log_ratio.detach(), surrogate.detach().exp()
@@ -964,7 +966,7 @@ def mini_step(model, optimizer, config, batches, i, V=None, gather=alone) -> dic
         sums["approx_kl"] += (log_ratio.exp() - 1 - log_ratio).sum() / tokens
         sums["log_ratio_mean"] += log_ratio.abs().sum() / tokens
         largest = torch.maximum(largest, log_ratio.abs().max())
-        for name, value in drift(batch, at_response(trace.logits.detach(), batch.mask)).items():
+        for name, value in drift(batch, logits).items():
             sums[name] += value / tokens
     rest, routers, predictors = (group["params"] for group in optimizer.param_groups)
     for parameter in routers + predictors:  # every process has them whole, the rest is sharded
