@@ -3329,18 +3329,29 @@ PUBLISHED = "--template {problem} --operands 2 --largest 3 --prompts 4 --samples
 PUBLISHED += "--response-length 5 --learning-rate 1e-3 --device cpu --save-every 1"
 
 
-@pytest.fixture(scope="session", params=["grpo", "gspo", "r2", "r3", "pr2", "pr2-cf"])
-def trained(request, published, tmp_path_factory):
-    """The run of each method on the checkpoint: two rollout batches, pr2 by two processes."""
-    method, out = request.param, tmp_path_factory.mktemp("trained") / "run"
-    flags = [*PUBLISHED.split(), "--checkpoint", published, "--method", method]
-    flags += ["--steps", 2, "--out", out]
-    if method == "pr2":
-        done = torchrun(out.parent, 2, train_toy.__file__, *flags)
-        assert done.returncode == 0, done.stderr
-    else:
-        assert main_here(*flags) == 0
-    return out
+TRAINED = ["grpo", "gspo", "r2", "r3", "pr2", "pr2-cf"]
+
+
+@pytest.fixture(scope="session")
+def jobs(published, tmp_path_factory):
+    """Runs of all methods on the checkpoint, two rollout batches each, one after the other by the
+    same two processes: starting them takes longer than training."""
+    folder = tmp_path_factory.mktemp("jobs")
+    flags = [*PUBLISHED.split(), "--steps", "2", "--checkpoint", str(published)]
+    runs = [[*flags, "--method", name, "--out", str(folder / name)] for name in TRAINED]
+    lines = ["import sys, torch, train_toy", "train_toy.pyplot = lambda: None"]
+    lines += ["torch.distributed.destroy_process_group = lambda: None"]
+    lines += [f"sys.exit(max(map(train_toy.main, {runs})))"]
+    (folder / "jobs.py").write_text("\n".join(lines))
+    done = torchrun(folder, 2, folder / "jobs.py")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session", params=TRAINED)
+def trained(request, jobs):
+    """The run of each method on the checkpoint, by two processes."""
+    return jobs / request.param
 
 
 def test_every_method_trains_a_checkpoint(trained, published):
@@ -3394,13 +3405,16 @@ def test_other_kinds_of_checkpoints_train_too(kind, changes, tmp_path):
     compare(*served(tmp_path / "run" / "model-1", tmp_path), horizon=1.0)
 
 
-@pytest.mark.parametrize("trained", ["r2", "pr2-cf"], indirect=True)
-def test_resumed_run_of_a_checkpoint_is_the_same_bit_for_bit(trained, tmp_path):
-    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+@pytest.mark.parametrize("method", ["r2", "pr2-cf"])
+def test_resumed_run_of_a_checkpoint_is_the_same_bit_for_bit(method, published, tmp_path):
+    flags = [*PUBLISHED.split(), "--checkpoint", published, "--method", method, "--steps", 2]
+    assert main_here(*flags, "--out", tmp_path / "run") == 0
+    folder = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
     (folder / "checkpoint" / "latest").write_text("step-1")
+    shutil.rmtree(folder / "checkpoint" / "step-2")
     shutil.rmtree(folder / "model-2")
     assert main_here("--resume", folder) == 0
-    assert rows(folder) == rows(trained)
+    assert rows(folder) == rows(tmp_path / "run")
 
 
 @pytest.mark.parametrize("trained", ["r2"], indirect=True)

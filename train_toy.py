@@ -384,7 +384,7 @@ class WordProblems:
         if (generation := folder / "generation_config.json").is_file():
             ids |= pr2_mini.read(generation)
         ends = ids.get("eos_token_id")
-        self.eos = ends[0] if isinstance(ends, list) else ends
+        self.eos = (ends or [None])[0] if isinstance(ends, list) else ends
         expect(self.eos is not None, f"{folder / 'config.json'} names no eos_token_id")
         self.pad = self.eos if ids.get("pad_token_id") is None else ids["pad_token_id"]
 
