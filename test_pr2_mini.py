@@ -1245,6 +1245,7 @@ def test_existing_target_is_refused_and_left_alone(kind, tmp_path):
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_failure_while_saving_leaves_nothing_behind(error, tmp_path, monkeypatch):
+    needs_extras()
     monkeypatch.setattr(pr2_mini, "SHARD_BYTES", 20_000)
     save, written = safetensors.save_file, []
 
@@ -3221,6 +3222,13 @@ def test_sharded_fp8_engine_holds_the_bits_of_a_whole_one(together, single):
 
 # --------------------------------------------------------------------- Runs of many processes
 
+
+def test_processes_without_numpy_are_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(train_toy.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="pip install numpy"):
+        train_toy.Processes("cpu", sharded=True)
+
+
 MANY = SMALL.replace("--prompts 4", "--prompts 8").replace("--save-every 4", "--save-every 3")
 DIES = """
 import os, signal, sys, train_toy
@@ -3237,6 +3245,7 @@ sys.exit(train_toy.main(sys.argv[1:]))
 @pytest.fixture(scope="session")
 def died(base, tmp_path_factory):
     """A run of two processes, one of which is killed after five of six rollout batches."""
+    pytest.importorskip("numpy", reason="pip install numpy")
     folder = tmp_path_factory.mktemp("died")
     flags = [*MANY.split(), "--steps", 6, "--base-dir", base, "--out", "run"]
     return folder / "run", torchrun(folder, 2, "--no-python", sys.executable, "-c", DIES, *flags)

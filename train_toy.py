@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -171,6 +172,8 @@ class Processes:
             raise ValueError(f'device "{name}" is not available here; try --device cpu') from None
         self.mesh = None
         if sharded or several:
+            missing = importlib.util.find_spec("numpy") is None
+            expect(not missing, "torch's processes talk by way of numpy: pip install numpy")
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
