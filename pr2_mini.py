@@ -437,6 +437,10 @@ def config_from(given: dict) -> ModelConfig:
     """What a config.json describes; refuses by name what is not implemented here."""
     given = given | (given.get("rope_scaling") or given.get("rope_parameters") or {})
     given = {key: value for key, value in given.items() if value is not None}
+    numbers = {field.name for field in fields(ModelConfig) if field.type in (int, float)}
+    for key in (numbers | {"num_local_experts", "decoder_sparse_step"}) & given.keys():
+        number = isinstance(given[key], int | float)
+        expect(number, f"config.json has {key} {given[key]!r:.60}; expected a number")
     kind, norms = given.get("model_type"), {family[0]: norm for norm, family in FAMILIES.items()}
     expect(kind in norms, f'model_type is "{kind}"; expected one of {", ".join(norms)}')
     qwen, mixtral, heads = kind == "qwen3_moe", kind == "mixtral", given.get("num_attention_heads")
@@ -514,6 +518,8 @@ def load_checkpoint(path: Path, dtype: torch.dtype, device) -> MoETransformer:
     model.source, top = path, SINGLE if (path / SINGLE).exists() else INDEX
     index = read(path / top)
     index = dict.fromkeys(index, SINGLE) if top == SINGLE else index.get("weight_map", {})
+    named = isinstance(index, dict) and all(isinstance(file, str) for file in index.values())
+    expect(named, f"{path / top} has no weight_map from tensors to files")
     tensors = disk_tensors(model, any(name.endswith(".experts.down_proj") for name in index))
     if (path / "predictor").exists():
         index |= {name: f"predictor/{SINGLE}" for name in tensors if ".predictor." in name}

@@ -955,6 +955,8 @@ def test_loading_needs_the_memory_of_the_model_and_one_shard(tmp_path, monkeypat
         ("olmoe", {"intermediate_size": None}, "moe_intermediate_size is 0; expected"),
         ("mixtral", {"num_local_experts": "absent"}, "num_experts is 0; expected at least 1"),
         ("olmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but num_experts is 8"),
+        ("olmoe", {"hidden_size": "64"}, "hidden_size '64'; expected a number"),
+        ("mixtral", {"num_local_experts": [8]}, r"num_local_experts \[8\]; expected a number"),
     ],
 )
 def test_config_that_asks_for_more_is_refused_by_name(kind, changes, message, tmp_path):
@@ -1018,6 +1020,14 @@ def test_tensor_that_only_index_or_config_know_of_is_refused(name, listed, tmp_p
     safetensors.save_file(tensors, tmp_path / file)
     place = file if listed else path.name
     with pytest.raises(ValueError, match=rf"{place} lacks 1 tensors, as {name}"):
+        ours(tmp_path)
+
+
+@pytest.mark.parametrize("names", [None, ["model.norm.weight"], {"model.norm.weight": 1}])
+def test_index_without_names_of_files_is_refused(names, tmp_path):
+    theirs("olmoe").save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match=r"index.json has no weight_map from tensors to files"):
         ours(tmp_path)
 
 
