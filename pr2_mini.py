@@ -390,6 +390,12 @@ class MoETransformer(nn.Module):
         expect(distinct, "replay names one expert twice; the k ids of a row must be distinct")
 
 
+def best(logits: Tensor, like: Tensor) -> Tensor:
+    """(..., N) -> (..., k), the experts with the largest logits, as many and in the type of the
+    route `like` (..., k)."""
+    return logits.topk(like.shape[-1]).indices.to(like.dtype)
+
+
 def shared(route: Tensor, other: Tensor) -> Tensor:
     """(..., k), (..., k) -> (...), how many experts two routes have in common."""
     return (route.unsqueeze(-1) == other.unsqueeze(-2)).sum((-1, -2))
@@ -842,17 +848,17 @@ def old_pass(
     cached = mask & (draw <= draw.sort(1).values[:, last, None])
     route, p = at_response(recorded, mask), at_response(trace.logits, mask)
     inputs = p_old = None
-    own = stale = p.topk(route.shape[-1]).indices.to(route.dtype)
+    own = stale = best(p, route)
     unpredicted = stale if config.predicts else route
     if config.predicts and config.rollout_dtype != "fp32":
         _, seen = engine(tokens[:, :-1], attend=attend, replay=recorded, head=False)
-        unpredicted = at_response(seen.logits, mask).topk(route.shape[-1]).indices.to(route.dtype)
+        unpredicted = best(at_response(seen.logits, mask), route)
     if config.predicts:
         h, W_p = at_response(trace.inputs, mask), [r.predictor.weight for r in model.routers]
         inputs, p_old = h[:, cached[mask]], p[:, cached[mask]]
         b = h.float() @ torch.stack(W_p).mT
         m = horizon[rows].expand(mask.shape)[mask][:, None]
-        own = (p + m * b).topk(route.shape[-1]).indices.to(route.dtype)
+        own = best(p + m * b, route)
     sums = {
         "entropy": -old.sum(),  # log-probs of sampled tokens estimate it, as far as mu_old = pi_old
         "mismatch_logprob": (rollout.logprobs[rows, :c] - old).abs().sum(),
@@ -871,7 +877,7 @@ def drift(batch: Slice, logits: Tensor) -> dict[str, Tensor]:
     Sums over tokens of means over layers, per slot (agreement) or per set of one token in one
     layer (the others); `stale` and `engine` are counterfactuals on the same tokens."""
     rho, k = logits.softmax(-1), batch.reference.shape[-1]
-    current = rho.topk(k).indices.to(batch.reference.dtype)
+    current = best(rho, batch.reference)
     values = {"coverage_gap": 1 - rho.gather(-1, batch.reference.long()).sum(-1)}
     for name, route in ("stale_", batch.stale), ("engine_", batch.engine), ("", batch.reference):
         same = shared(route, current)

@@ -1835,12 +1835,17 @@ def test_predictor_and_router_have_their_own_learning_rates():
         assert found[id(parameter)] == expected
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_each_method_trains_on_its_own_route(method):
+def fp8_slice(method):
+    """A slice by a rollout engine whose routes differ, and the routes of that rollout."""
     config = tiny_settings(method=method, rollout_dtype="fp8")
     model = randomise_predictor(tiny_model())
     rollout, [batch], _ = old_slices(model, config)
-    rolled = rollout.experts[:, :, : batch.tokens.shape[1] - 1]
+    return model, batch, rollout.experts[:, :, : batch.tokens.shape[1] - 1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_on_its_own_route(method):
+    model, batch, rolled = fp8_slice(method)
     own = model(batch.tokens[:, :-1], attend=batch.attend)[1].experts
     assert not torch.equal(rolled, own)
     expected = {"grpo": None, "gspo": None, "r2": own}.get(method, rolled)
@@ -1851,10 +1856,7 @@ def test_each_method_trains_on_its_own_route(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_old_pass_replays_the_rollout_for_r3_and_pr2(method):
-    config = tiny_settings(method=method, rollout_dtype="fp8")
-    model = randomise_predictor(tiny_model())
-    rollout, [batch], _ = old_slices(model, config)
-    rolled = rollout.experts[:, :, : batch.tokens.shape[1] - 1]
+    model, batch, rolled = fp8_slice(method)
     replay = None if method in ("grpo", "gspo", "r2") else rolled
     # Without a horizon: in training the predictor is off.
     logits, trace = model(batch.tokens[:, :-1], attend=batch.attend, replay=replay)
@@ -1865,13 +1867,10 @@ def test_old_pass_replays_the_rollout_for_r3_and_pr2(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_second_counterfactual_is_what_r3_would_have_replayed(method):
-    config = tiny_settings(method=method, rollout_dtype="fp8")
-    model = randomise_predictor(tiny_model())
-    rollout, [batch], _ = old_slices(model, config)
-    rolled = rollout.experts[:, :, : batch.tokens.shape[1] - 1]
+    model, batch, rolled = fp8_slice(method)
     forward = {"attend": batch.attend, "replay": rolled}
     p = synchronised(model, "fp8")(batch.tokens[:, :-1], **forward)[1].logits
-    own = p.topk(2).indices if config.predicts else rolled
+    own = p.topk(2).indices if tiny_settings(method=method).predicts else rolled
     assert torch.equal(batch.engine.long(), own[:, :, 4:][:, batch.mask].long())
     assert not torch.equal(batch.engine, batch.stale)
 

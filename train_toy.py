@@ -641,8 +641,7 @@ def watch(
     forward = (model, *batch[:3], config.temperature)
     _, trace = pr2_mini.response_logprobs(*forward, replay=batch.replay)
     logits = pr2_mini.at_response(trace.logits, batch.mask)
-    k = batch.reference.shape[-1]
-    current = logits.topk(k).indices.to(batch.stale.dtype)
+    current, k = pr2_mini.best(logits, batch.stale), batch.stale.shape[-1]
     replayed, stale = (pr2_mini.shared(r, current) == k for r in (batch.reference, batch.stale))
     states = torch.where(replayed, 1 - stale.int(), 3 - stale.int())
     lengths = batch.mask.sum(1).tolist()
@@ -724,10 +723,8 @@ def print_memory(given: dict) -> None:
     expect(given["memory"] > 0, f"--memory is {given['memory']}; expected a number of processes")
     _, model_config, config = configurations(flags)
     needs = memory(model_config, config, flags["trainable"], given["memory"])
-    for name, size in [
-        *needs.items(),
-        ("all, if all were at their most at once", sum(needs.values())),
-    ]:
+    needs["all, if all were at their most at once"] = sum(needs.values())
+    for name, size in needs.items():
         print(f"{size / 1e9:8.2f} GB  {name}")
 
 
@@ -841,9 +838,8 @@ def compare(given: dict, variants: list[str]) -> int:
 
 def print_table(table: dict, seeds: int) -> None:
     """A Markdown table: mean ± half a 95 % interval."""
-    print(
-        f"\n{seeds} seeds; ± half a 95 % interval: of the paired difference to the first row, in it"
-    )
+    paired = "of the paired difference to the first row, in it"
+    print(f"\n{seeds} seeds; ± half a 95 % interval: {paired}")
     print("and for removed deviations of the mean. Columns with a value for every mini-step: in %.")
     names = [name.partition("/")[0] for columns in table.values() for name in columns]
     shown = [n for n in dict.fromkeys(names) if not re.search("agreement|engine|ions_|gained", n)]
