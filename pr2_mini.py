@@ -79,9 +79,9 @@ class ModelConfig:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 16
-    moe_intermediate_size: int = 16
-    num_experts: int = 64
-    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 32
+    num_experts: int = 32
+    num_experts_per_tok: int = 4
     norm_topk_prob: bool = True
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
@@ -859,11 +859,13 @@ def old_pass(
         b = h.float() @ torch.stack(W_p).mT
         m = horizon[rows].expand(mask.shape)[mask][:, None]
         own = best(p + m * b, route)
+    # Where the training engine, by the same rule, would not take the rollout engine's route.
+    differs = shared(route, own) < route.shape[-1]
     sums = {
         "entropy": -old.sum(),  # log-probs of sampled tokens estimate it, as far as mu_old = pi_old
         "mismatch_logprob": (rollout.logprobs[rows, :c] - old).abs().sum(),
-        # Routes of the rollout engine that the training engine, by the same rule, would not take.
-        "mismatch_route": (shared(route, own) < route.shape[-1]).sum() / len(route),
+        "mismatch_route": differs.sum() / len(differs),
+        "mismatch_token": differs.any(0).sum(),
     }
     route = route if replay is None else at_response(replay, mask)
     routes = {"replay": replay, "reference": route, "stale": stale, "engine": unpredicted}

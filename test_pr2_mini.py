@@ -1961,6 +1961,7 @@ def test_mismatch_compares_the_two_engines():
     differ = shared(route, batch.stale) < 2
     assert differ.any()
     close(sums["mismatch_route"], differ.float().mean(0).sum())
+    close(sums["mismatch_token"], differ.any(0).sum())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -2322,6 +2323,20 @@ def test_gain_is_the_share_of_drift_that_came_as_predicted(share, gain):
     assert gain_after(lambda b: share * b + shift) == pytest.approx(gain, abs=1e-4)
 
 
+def test_gain_is_the_least_squares_fit_of_the_drift():
+    seen = []
+
+    def noisy(b):
+        seen.extend(
+            t - t.mean(-1, keepdim=True) for t in (b, 0.4 * b + b.std() * torch.randn_like(b))
+        )
+        return seen[1]
+
+    gain = gain_after(noisy)
+    guess, came = (t[0].reshape(-1, 1).double() for t in seen)
+    assert gain == pytest.approx(float(torch.linalg.lstsq(guess, came).solution), abs=1e-4)
+
+
 def test_gain_of_white_noise_is_near_zero():
     assert gain_after(lambda b: b.std() * torch.randn_like(b)) < 0.05
 
@@ -2477,7 +2492,7 @@ def test_reward_and_length_are_means_over_responses():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_diagnostic_is_measured(method):
     metrics = run_step(tiny_model(), tiny_settings(method=method))
-    once = "reward response_length entropy mismatch_logprob mismatch_route"
+    once = "reward response_length entropy mismatch_logprob mismatch_route mismatch_token"
     once += " seconds_rollout seconds_old_logprobs seconds_update"
     each = "loss clipfrac_low clipfrac_high approx_kl log_ratio_mean log_ratio_max grad_norm"
     each += " skipped agreement stale_agreement no_deviation stale_no_deviation coverage_gap"
@@ -2697,7 +2712,7 @@ def wait_for_lines(folder, count, process):
         ("--device tpu", 'device "tpu" is not available here'),
         ("--device gpu", 'device "gpu" is not available here'),
         ("--rollout-dtype int4", 'rollout_dtype is "int4"'),
-        ("--experts 4", "num_experts_per_tok is 8, but num_experts is 4"),
+        ("--experts 3", "num_experts_per_tok is 4, but num_experts is 3"),
         ("--mini-steps 128", "mini_steps 128 is larger than the 64 prompts"),
         ("--mini-steps 48", "64 prompts do not divide into 48 equal mini-steps"),
         ("--steps 0", "--steps is 0; expected at least 1"),
@@ -2769,8 +2784,9 @@ def test_metrics_have_one_flat_line_per_rollout_batch(finished):
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert all(isinstance(value, int | float | None) for line in lines for value in line.values())
     names = "reward greedy_accuracy response_length entropy approx_kl clipfrac_low clipfrac_high "
-    names += "log_ratio_max log_ratio_mean mismatch_logprob mismatch_route agreement/2 "
-    names += "stale_agreement/2 no_deviation/2 deviations_1/2 coverage_gap/2 predictor_loss/2"
+    names += "log_ratio_max log_ratio_mean mismatch_logprob mismatch_route mismatch_token "
+    names += "agreement/2 stale_agreement/2 no_deviation/2 deviations_1/2 coverage_gap/2 "
+    names += "predictor_loss/2"
     assert set(names.split()) <= lines[0].keys()
 
 
@@ -2811,6 +2827,19 @@ def test_crash_while_writing_leaves_the_older_file(tmp_path):
         train_toy.torch_save({"config": {}, "model": torch.ones(1)}, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_processes_may_write_one_file_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "base.pt"
+
+    def slowly(partial):
+        partial.write_text("first")
+        with monkeypatch.context() as other_process:
+            other_process.setattr(os, "getpid", lambda: -1)
+            train_toy.write_atomically(path, lambda partial: partial.write_text("other"))
+
+    train_toy.write_atomically(path, slowly)
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture
@@ -3629,7 +3658,7 @@ def test_comparison_writes_its_numbers(compared):
 def test_summary_says_which_share_of_the_deviations_was_removed():
     row = dict.fromkeys(["reward", "greedy_accuracy", "clipfrac_low", "clipfrac_high"], 0.0)
     row |= dict.fromkeys(["log_ratio_max", "coverage_gap", "approx_kl"], 0.0)
-    row |= dict.fromkeys(["mismatch_logprob", "mismatch_route"], 0.0)
+    row |= dict.fromkeys(["mismatch_logprob", "mismatch_route", "mismatch_token"], 0.0)
     row |= {f"seconds_{phase}": 0.0 for phase in pr2_mini.PHASES}
     row |= {"engine_agreement/1": 0.9, "engine_agreement/2": 0.8}
     found = train_toy.summary([row | {"agreement/1": 0.9, "agreement/2": 0.85}])

@@ -55,7 +55,7 @@ DEFAULTS = RLConfig()
 FLAGS = {  # name: (default, help)
     "method": (DEFAULTS.method, "one of " + ", ".join(pr2_mini.METHODS)),
     "seed": (0, "of the base model and of everything after it"),
-    "steps": (250, "rollout batches; with --compare 60 unless given"),
+    "steps": (300, "rollout batches; with --compare 60 unless given"),
     "prompts": (DEFAULTS.prompts, "prompts per rollout batch"),
     "samples": (DEFAULTS.samples, "responses per prompt"),
     "mini_steps": (DEFAULTS.mini_steps, "kappa, updates per rollout batch"),
@@ -63,15 +63,15 @@ FLAGS = {  # name: (default, help)
     "micro_tokens": (DEFAULTS.micro_tokens, "most tokens of a forward pass, 0 = a whole mini-step"),
     "rollout_dtype": (DEFAULTS.rollout_dtype, "precision of the rollouts: fp32, bf16 or fp8"),
     "learning_rate": (DEFAULTS.learning_rate, "of AdamW"),
-    "router_multiplier": (20.0, "learning rate of the routers over the model's"),
+    "router_multiplier": (50.0, "learning rate of the routers over the model's"),
     "clip_multiplier": (DEFAULTS.clip_multiplier, "of the method's clip range, inf = no clipping"),
     "alpha": (DEFAULTS.alpha, "learning rate of the predictors over the model's"),
     "predictor_loss": (DEFAULTS.predictor_loss, "post or delta"),
     "cached_positions": (DEFAULTS.cached_positions, "T_c per response, 0 = all"),
     "operands": (3, "numbers in a sum"),
     "largest": (9, "largest number in a sum"),
-    "experts": (64, "N, experts per layer"),
-    "experts_per_token": (8, "k, experts that a token visits"),
+    "experts": (32, "N, experts per layer"),
+    "experts_per_token": (4, "k, experts that a token visits"),
     "checkpoint": ("", "Hugging Face folder to train in place of the toy, on word problems"),
     "template": ("{problem}\nAnswer:", "prompt for a checkpoint, around {problem}"),
     "response_length": (0, "most new tokens, 0 = what the task needs"),
@@ -206,8 +206,9 @@ class Processes:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path` and moves it there: all of it or none of it."""
-    partial = path.with_name(path.name + ".partial")
+    """Lets `write` fill a file beside `path` and moves it there: all of it or none of it, also
+    where two runs make the same base model at once."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
         with open(partial, "rb") as file:
@@ -676,6 +677,7 @@ def summarise(history: list[dict], config: RLConfig) -> None:
     print(f"largest ratio    {ratio(largest):.3g}, mean |log ratio| {average:.4f}")
     print(
         f"engine mismatch  {100 * mean('mismatch_route', history):.2f} % of routes, "
+        f"{100 * mean('mismatch_token', history):.2f} % of tokens in some layer, "
         f"mean |log mu_old - log pi_old| {mean('mismatch_logprob', history):.4f}"
     )
     seconds = [f"{name} {mean(f'seconds_{name}', history):.3f}" for name in pr2_mini.PHASES]
@@ -773,8 +775,9 @@ def summary(history: list[dict]) -> dict[str, float]:
     largest = max(ratio(row["log_ratio_max"]) for row in settled)
     columns |= {"log10 of the largest ratio": math.log10(largest)}  # seeds differ by factors
     columns |= {"mismatch": mean["mismatch_logprob"], "route mismatch": mean["mismatch_route"]}
+    columns |= {"token mismatch": mean["mismatch_token"]}
     times = [sum(row[f"seconds_{phase}"] for phase in pr2_mini.PHASES) for row in settled]
-    return columns | {"s/step": statistics.median(times)}
+    return columns | {"seconds a step": statistics.median(times)}
 
 
 def interval(values: list[float], base: list[float] | None) -> tuple[float, float]:
@@ -788,7 +791,9 @@ def interval(values: list[float], base: list[float] | None) -> tuple[float, floa
 def compare(given: dict, variants: list[str]) -> int:
     """Trains every variant on every seed; writes the table, compare.json and the figure."""
     variants, first = variants or list(pr2_mini.METHODS), given.get("seed", 0)
-    seeds, out = given.pop("seeds", FLAGS["seeds"][0]), Path(given.pop("out", "runs/compare"))
+    seeds, out = given.pop("seeds", FLAGS["seeds"][0]), given.pop("out", "")
+    settled = [f"{name}={value}" for name, value in given.items() if name != "seed"]
+    out = Path(out or "runs/" + re.sub(r"[^\w.=-]", "-", "-".join(["compare", *settled])))
     expect(seeds > 0, f"--seeds is {seeds}; expected at least 1")
     expect("resume" not in given, "--compare resumes by itself; repeat it without --resume")
     expect("method" not in given, "--compare takes methods as variants, not as --method")
@@ -924,25 +929,27 @@ def draw_comparison(table: dict, histories: dict[str, list[list[dict]]], out: Pa
         batches = list(zip(*runs, strict=True))  # the rows of all seeds
         raw = [statistics.fmean(row["reward"] for row in rows) for rows in batches]
         smooth = [statistics.fmean(raw[max(0, i - 4) : i + 1]) for i in range(len(raw))]
-        reward.plot(range(1, 1 + len(smooth)), smooth, **style)
+        sparse = marker | {"markevery": (number % 8, 8), "linewidth": 1}
+        reward.plot(range(1, 1 + len(smooth)), smooth, **sparse)
         peaks = [max(ratio(row["log_ratio_max"]) for row in rows) for rows in batches]
-        largest.semilogy(range(1, 1 + len(peaks)), peaks, **style)
+        largest.semilogy(range(1, 1 + len(peaks)), peaks, **sparse)
         x = range(1, 1 + sum(name.startswith("agreement/") for name in mean))
         agreement.plot(x, [mean[f"no_deviation/{i}"] for i in x], **marker)
         engine = [mean[f"engine_no_deviation/{i}"] for i in x]
         agreement.plot(x, engine, ":", color=style["color"], linewidth=1)
-        end = 0
+        end, hatch = 0, "" if number < 8 else "//"
         for name, opacity in (("1", 1), ("2", 0.6), ("3_or_more", 0.3)):
             height = mean[f"deviations_{name}/{x[-1]}"]
-            bars.barh(number, height, left=end, color=style["color"], alpha=opacity)
+            look = {"color": style["color"], "alpha": opacity, "hatch": hatch}
+            bars.barh(number, height, left=end, edgecolor="white", **look)
             end += height
-        bars.plot(end, number, **marker)
+        bars.plot(end, number, clip_on=False, **marker)
         bars.plot(100 - engine[-1], number, "|", color="black", markersize=14)
     reward.set(title="Reward (mean of 5 batches)", xlabel="rollout batch")
     largest.set(title="Largest PPO ratio of a batch", xlabel="rollout batch")
     agreement.set(title="Sets without deviation, %", xlabel="mini-step i (dotted: no prediction)")
     agreement.xaxis.get_major_locator().set_params(integer=True)
-    bars.set(title="Sets with 1, 2, more deviations, %")
+    bars.set(title="Sets with 1, 2, more deviations (ever paler), %")
     bars.set_xlabel("at the last mini-step; black line: no prediction")
     bars.set_yticks(range(len(histories)), histories)
     bars.invert_yaxis()
