@@ -3690,6 +3690,12 @@ def test_comparison_into_a_folder_with_other_settings_is_refused(compared):
     assert "holds a run with other settings" in done.stderr
 
 
+def test_settings_name_the_folder_of_a_comparison(capsys, monkeypatch):
+    monkeypatch.setattr(train_toy, "Run", lambda _, to: pr2_mini.expect(False, f"run in {to}"))
+    message = refusal(capsys, "--compare r3 --mini-steps 4 --alpha 0.5")
+    assert message == "error: run in runs/compare-alpha=0.5-mini_steps=4/seed0-r3"
+
+
 def test_figures_are_drawn(compared, finished):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     for path in (compared[0] / "run" / "compare.png", finished[0] / "run.png"):

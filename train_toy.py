@@ -792,8 +792,8 @@ def compare(given: dict, variants: list[str]) -> int:
     """Trains every variant on every seed; writes the table, compare.json and the figure."""
     variants, first = variants or list(pr2_mini.METHODS), given.get("seed", 0)
     seeds, out = given.pop("seeds", FLAGS["seeds"][0]), given.pop("out", "")
-    settled = [f"{name}={value}" for name, value in given.items() if name != "seed"]
-    out = Path(out or "runs/" + re.sub(r"[^\w.=-]", "-", "-".join(["compare", *settled])))
+    changed = [f"{name}={value}" for name, value in sorted(given.items()) if name != "seed"]
+    out = Path(out or "runs/" + re.sub(r"[^\w.=-]", "-", "-".join(["compare", *changed])))
     expect(seeds > 0, f"--seeds is {seeds}; expected at least 1")
     expect("resume" not in given, "--compare resumes by itself; repeat it without --resume")
     expect("method" not in given, "--compare takes methods as variants, not as --method")
