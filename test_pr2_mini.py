@@ -14,6 +14,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -2305,6 +2306,12 @@ def test_fresh_optimizer_predicts_nothing():
     assert not any(block.moe.router.predictor.weight.any() for block in model.blocks)
 
 
+def applied_gain(model, V):
+    """The share of V that the predictor of the first layer is."""
+    weight = model.blocks[0].moe.router.predictor.weight.detach()
+    return float((weight * V[0]).sum() / V[0].square().sum())
+
+
 def gain_after(drift_of):
     """The gain of the first layer once predictions b were followed by drift_of(b)."""
     model, _, optimizer = stepped_routers()
@@ -2312,9 +2319,7 @@ def gain_after(drift_of):
     torch.manual_seed(1)
     b = torch.randn(2, 4000, 32, device=DEVICE) @ V.mT
     measure_gain(model, b, drift_of(b))
-    V = aim(model, optimizer)
-    weight = model.blocks[0].moe.router.predictor.weight.detach()
-    return float((weight * V[0]).sum() / V[0].square().sum())
+    return applied_gain(model, aim(model, optimizer))
 
 
 @pytest.mark.parametrize(("share", "gain"), [(1.0, 1.0), (0.5, 0.5), (2.0, 1.0), (-1.0, 0.0)])
@@ -2341,10 +2346,22 @@ def test_gain_of_white_noise_is_near_zero():
     assert gain_after(lambda b: b.std() * torch.randn_like(b)) < 0.05
 
 
+def test_gain_shrinks_when_drift_becomes_white_noise():
+    model, _, optimizer = stepped_routers()
+    torch.manual_seed(1)
+    h, gains = torch.randn(2, 4000, 32, device=DEVICE), []
+    for share in [1.0] + 40 * [0.0]:
+        V = aim(model, optimizer)
+        gains.append(applied_gain(model, V))
+        b = h @ V.mT
+        measure_gain(model, b, share * b + (1 - share) * b.std() * torch.randn_like(b))
+    assert gains[1] > 0.99 and gains[-1] < 0.01  # without forgetting it would be 1 / 40
+
+
 def test_gain_of_constant_velocity_is_high_and_prediction_then_agrees():
     """A gradient that never changes: Adam moves the routers by the same step again and again."""
     model, config = tiny_model(), tiny_settings(method="pr2-cf", learning_rate=1e-3)
-    optimizer, gradients = make_optimizer(model, config), None
+    optimizer = make_optimizer(model, config)
     torch.manual_seed(0)
     gradients = torch.randn(2, 8, 32, device=DEVICE)
     h = torch.randn(2, 2000, 32, device=DEVICE)
@@ -2358,10 +2375,8 @@ def test_gain_of_constant_velocity_is_high_and_prediction_then_agrees():
         measure_gain(model, horizon_after(step % 2 + 1, config) * h @ V.mT, drift)
     weight = torch.stack([block.moe.router.predictor.weight.detach() for block in model.blocks])
     assert float((weight * V).sum() / V.square().sum()) >= 0.9
-    predicted = h @ (before + horizon_after(1, config) * weight).mT
-    for block, gradient in zip(model.blocks, gradients, strict=True):
-        block.moe.router.weight.grad = gradient.clone()
-    current = h @ (before + V).mT
+    predicted = h @ (before + horizon_after(2, config) * weight).mT
+    current = h @ router_weights(model).mT
     agreement = shared(predicted.topk(2).indices, current.topk(2).indices).float().mean() / 2
     assert float(agreement) > 0.999
 
@@ -2381,8 +2396,8 @@ def test_gain_zero_is_replay_without_prediction():
     """pr2-cf whose gain stays 0 makes the same update as r3, to the bit."""
     results = []
     for method in ("r3", "pr2-cf"):
-        model = tiny_model()
-        run_step(model, tiny_settings(method=method, mini_steps=4))
+        model, _, optimizer = stepped_routers()  # there is momentum, and no gain yet
+        run_step(model, tiny_settings(method=method, mini_steps=4), optimizer=optimizer)
         results.append(model.state_dict())
     named = [{k: v for k, v in state.items() if "gain" not in k} for state in results]
     assert same_weights(*named)
@@ -2726,6 +2741,11 @@ def wait_for_lines(folder, count, process):
 def test_bad_flag_is_refused_in_one_sentence(flags, message, capsys, tmp_path):
     assert message in refusal(capsys, f"{flags} --out {tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
+
+
+def test_long_responses_have_their_positions():
+    task, model, _ = train_toy.configurations(train_toy.settings({"response_length": 40}))
+    assert model.max_position_embeddings == task.prompt_length + 40
 
 
 def test_output_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
@@ -3606,6 +3626,7 @@ def test_variant_is_a_method_with_settings_changed():
         ("--compare r3 --seeds 0", "--seeds is 0; expected at least 1"),
         ("--compare r3 --method r2", "takes methods as variants, not as --method"),
         ("--compare r3 --resume run", "resumes by itself"),
+        ("--compare r3 --memory 2", "--memory and --compare are two commands"),
         ("--seeds 2", "--seeds belongs to --compare"),
         ("--benchmark --compare r3", "--benchmark and --compare are two commands"),
         ("--benchmark --seeds 2", "--benchmark goes with the settings of a run only"),
@@ -3684,6 +3705,20 @@ def test_comparison_resumes_at_the_run_that_was_killed(compared, tmp_path):
     assert rows(killed.parent) == whole
 
 
+def test_finished_comparison_is_summed_up_again_without_matplotlib(
+    compared, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(shutil.copytree(compared[0], tmp_path / "again"))
+    numbers = Path("run", "compare.json")
+    before = numbers.read_text()
+    numbers.unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert train_toy.main(f"{COMPARE} --out run".split()) == 0
+    output = capsys.readouterr().out
+    assert numbers.read_text() == before and "4 runs as found" in output
+    assert "pip install matplotlib" in output
+
+
 def test_comparison_into_a_folder_with_other_settings_is_refused(compared):
     done = toy(compared[0], f"{COMPARE} --out run --alpha 7")
     assert done.returncode == 2
@@ -3701,6 +3736,19 @@ def test_figures_are_drawn(compared, finished):
     for path in (compared[0] / "run" / "compare.png", finished[0] / "run.png"):
         assert path.read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in (compared[0] / "run" / "compare.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("replayed", "unpredicted", "state"), [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3)]
+)
+def test_picture_tells_what_prediction_caught_from_what_it_missed(replayed, unpredicted, state):
+    model, config = tiny_model(), tiny_settings()
+    _, [batch], _ = old_slices(model, config)
+    routes = batch.stale, (batch.stale + 1) % 8  # at mini-step 1 the first is the current one
+    batch = batch._replace(reference=routes[replayed], engine=routes[unpredicted])
+    task = SimpleNamespace(decode=torch.Tensor.tolist)
+    tokens, states = train_toy.watch(model, config, batch, task)
+    assert states.shape == (2, len(tokens)) and (states == state).all()
 
 
 def test_without_matplotlib_a_run_says_how_to_get_it(capsys, monkeypatch):

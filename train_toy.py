@@ -136,11 +136,12 @@ def configurations(flags: dict) -> tuple[AdditionTask, ModelConfig, RLConfig]:
         task = WordProblems(folder, flags["operands"], flags["largest"], flags["template"])
     else:
         task = AdditionTask(flags["operands"], flags["largest"])
+        longest = max(task.response_length, flags["response_length"])
         model = ModelConfig(
             vocab_size=len(task.characters),
             num_experts=flags["experts"],
             num_experts_per_tok=flags["experts_per_token"],
-            max_position_embeddings=task.prompt_length + task.response_length,
+            max_position_embeddings=task.prompt_length + longest,
         )
     names = set(inspect.signature(RLConfig).parameters) & set(flags)
     values = {name: flags[name] for name in names} | {"eos": task.eos, "pad": task.pad}
@@ -570,8 +571,7 @@ class Run:
                 raise KeyboardInterrupt
             stop.append(number)
 
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, on_signal)
+        before = {name: signal.signal(name, on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
         stopped, progress = 0, self.progress
         while progress["step"] < self.flags["steps"] and progress["skipped_in_a_row"] < 10:
             row = self.advance()
@@ -585,6 +585,8 @@ class Run:
             here = torch.tensor(stop[0] if stop else 0, device=self.world.device)
             if stopped := int(self.world.gather(here).max()):
                 break
+        for name, handler in before.items():
+            signal.signal(name, handler)
         again = f"repeat the command with --resume {self.folder} (a comparison as it was)"
         if (failed := progress["skipped_in_a_row"]) >= 10:
             print(
@@ -625,7 +627,7 @@ class Run:
         model, optimizer, config, batch = self.model, self.optimizer, self.config, self.batch()
         V = pr2_mini.aim(model, optimizer) if config.method == "pr2-cf" else None
         mini_steps, _ = pr2_mini.collect(model, self.engine, config, *batch)
-        for i, batches in enumerate(mini_steps[:-1], 1):
+        for i, batches in enumerate((mini_steps * config.epochs)[:-1], 1):
             pr2_mini.mini_step(model, optimizer, config, batches, i, V, self.world.gather)
         return watch(model, config, mini_steps[-1][0], self.task)
 
@@ -636,24 +638,24 @@ def watch(
 ) -> tuple[list[str], torch.Tensor]:
     """A response of a micro-batch, 40 tokens at most, and the state (L, tokens) of its routes.
 
-    0: the replayed set is the current one, and so is the stale one; 1: only the replayed one is;
-    2: only the stale one is; 3: neither.
+    0: the replayed set is the current one, and so is the one without prediction; 1: only the
+    replayed one is; 2: only the one without prediction is; 3: neither.
     """
     forward = (model, *batch[:3], config.temperature)
     _, trace = pr2_mini.response_logprobs(*forward, replay=batch.replay)
     logits = pr2_mini.at_response(trace.logits, batch.mask)
-    current, k = pr2_mini.best(logits, batch.stale), batch.stale.shape[-1]
-    replayed, stale = (pr2_mini.shared(r, current) == k for r in (batch.reference, batch.stale))
+    current, k = pr2_mini.best(logits, batch.engine), batch.engine.shape[-1]
+    replayed, stale = (pr2_mini.shared(r, current) == k for r in (batch.reference, batch.engine))
     states = torch.where(replayed, 1 - stale.int(), 3 - stale.int())
     lengths = batch.mask.sum(1).tolist()
     by_response = states.split(lengths, 1)
-    row = max(range(len(lengths)), key=lambda r: int((by_response[r] > 0).sum()))
+    row = max(range(len(lengths)), key=lambda r: int((by_response[r] % 2).sum()))
     tokens = batch.tokens[row][-batch.mask.shape[1] :][batch.mask[row]]
     return task.decode(tokens[:40, None]), by_response[row][:, :40].cpu()
 
 
 def ratio(log_ratio: float | None) -> float:
-    return math.exp(min(log_ratio, 700)) if log_ratio is not None else math.nan
+    return math.exp(min(log_ratio, 700)) if log_ratio is not None else math.inf
 
 
 def summarise(history: list[dict], config: RLConfig) -> None:
@@ -768,7 +770,8 @@ def summary(history: list[dict]) -> dict[str, float]:
     for i in range(2, 1 + sum(name.startswith("agreement/") for name in mean)):
         engine, first = columns[f"engine_agreement/{i}"], columns["engine_agreement/1"]
         gained = columns[f"gained/{i}"] = columns[f"agreement/{i}"] - engine
-        for name, of in (("removed", 100 - engine), ("excess_removed", first - engine)):
+        excess = first - engine  # a share of less than a quarter of a point would be noise
+        for name, of in (("removed", 100 - engine), ("excess_removed", excess * (excess > 0.25))):
             columns[f"{name}/{i}"] = 100 * gained / of if of > 0 else math.nan
     columns |= {"coverage gap": mean["coverage_gap"], "KL": mean["approx_kl"]}
     columns |= {"clipfrac": mean["clipfrac_low"] + mean["clipfrac_high"]}
@@ -796,6 +799,7 @@ def compare(given: dict, variants: list[str]) -> int:
     out = Path(out or "runs/" + re.sub(r"[^\w.=-]", "-", "-".join(["compare", *changed])))
     expect(seeds > 0, f"--seeds is {seeds}; expected at least 1")
     expect("resume" not in given, "--compare resumes by itself; repeat it without --resume")
+    expect("memory" not in given, "--memory and --compare are two commands")
     expect("method" not in given, "--compare takes methods as variants, not as --method")
     for variant in variants:
         expect(variants.count(variant) == 1, f"--compare names {variant} twice")
@@ -809,17 +813,20 @@ def compare(given: dict, variants: list[str]) -> int:
             same = not (folder / "config.json").exists() or read_config(folder) == flags
             expect(same, f"{folder} holds a run with other settings; choose another --out")
             runs[variant, seed] = folder, flags
-    histories = {variant: [] for variant in variants}
+    histories, kept = {variant: [] for variant in variants}, 0
     with tqdm(total=sum(flags["steps"] for _, flags in runs.values()), desc="compare") as bar:
         for (variant, seed), (folder, flags) in runs.items():
             bar.set_description(f"{variant}, seed {seed}")
             log = folder / "metrics.jsonl"
             if log.exists() and len(log.read_text().splitlines()) == flags["steps"]:
                 bar.update(flags["steps"])
+                kept += 1
             else:
                 if (folder / "config.json").exists():
                     shutil.rmtree(folder)  # a run that was killed
                 if code := Run(flags, folder).train(bar):
+                    if code == 1:
+                        print(f"without {variant} the comparison goes on", file=sys.stderr)
                     return code
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
             histories[variant].append([json.loads(line) for line in log.read_text().splitlines()])
@@ -833,19 +840,23 @@ def compare(given: dict, variants: list[str]) -> int:
             values = [run[name] for run in columns[variant]]
             table[variant][name] = interval(values, base if paired else None)
     result = {"flags": given, "seeds": seeds, "table": table, "runs": columns}
-    valid = json.loads(json.dumps(result), parse_constant=lambda _: None)  # no NaN in JSON
+    valid = json.loads(json.dumps(result), parse_constant={"Infinity": "inf"}.get)  # NaN is null
     text = json.dumps(valid, indent=1) + "\n"
     write_atomically(out / "compare.json", lambda partial: partial.write_text(text))
     print_table(table, seeds)
+    again = f", {kept} runs as found: after a change of code choose another --out" if kept else ""
+    print(f"wrote            {out / 'compare.json'}{again}")
     draw_comparison(table, histories, out)
     return 0
 
 
 def print_table(table: dict, seeds: int) -> None:
     """A Markdown table: mean ± half a 95 % interval."""
-    paired = "of the paired difference to the first row, in it"
-    print(f"\n{seeds} seeds; ± half a 95 % interval: {paired}")
-    print("and for removed deviations of the mean. Columns with a value for every mini-step: in %.")
+    print(
+        f"\n{seeds} seeds; ± half a 95 % interval of the paired difference to the first row, or of"
+    )
+    print("the mean: in that row, in the removed shares, and where it has no such mini-step.")
+    print("no_deviation, removed and excess_removed: in %, a value for every mini-step.")
     names = [name.partition("/")[0] for columns in table.values() for name in columns]
     shown = [n for n in dict.fromkeys(names) if not re.search("agreement|engine|ions_|gained", n)]
     print("| variant | " + " | ".join(shown) + " |\n|" + " --- |" * (len(shown) + 1))
@@ -853,6 +864,7 @@ def print_table(table: dict, seeds: int) -> None:
         cells = {name: [] for name in shown}
         for name, (mean, width) in columns.items():
             cell = f"{mean:.3g}" + (f" ± {width:.2g}" if seeds > 1 else "")
+            cell = "n/a" if math.isnan(mean) else cell
             cells.get(name.partition("/")[0], []).append(cell)
         print(f"| {variant} | " + " | ".join(map(", ".join, cells.values())) + " |")
 
@@ -899,7 +911,7 @@ def draw_run(plot, history: list[dict], tokens: list[str], states: torch.Tensor,
     colours = plot.matplotlib.colors.ListedColormap(list(STATES.values()))
     cells = {"cmap": colours, "vmin": 0, "vmax": 3, "edgecolors": "white", "linewidth": 2}
     grid.pcolormesh(states.tolist(), **cells)
-    grid.set(title="The response with most drift in the last mini-step", ylabel="layer")
+    grid.set(title="The response with most drift at the last mini-step", ylabel="layer")
     grid.set_xticks(
         [i + 0.5 for i in range(len(tokens))], tokens, fontfamily="monospace", parse_math=False
     )
@@ -922,7 +934,9 @@ def draw_comparison(table: dict, histories: dict[str, list[list[dict]]], out: Pa
         return
     figure, axes = plot.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
     (reward, agreement), (largest, bars) = axes
-    for number, (variant, runs) in enumerate(histories.items()):
+    methods = set(histories) <= set(pr2_mini.METHODS)  # each has its colour in all such figures
+    for place, (variant, runs) in enumerate(histories.items()):
+        number = pr2_mini.METHODS.index(variant) if methods else place
         mean = {name: value for name, (value, _) in table[variant].items()}
         style = {"color": COLOURS[number % 8], "linestyle": "-" if number < 8 else "--"}
         marker = style | {"marker": "osv^DPX*"[number % 8], "markersize": 5}
@@ -934,29 +948,31 @@ def draw_comparison(table: dict, histories: dict[str, list[list[dict]]], out: Pa
         peaks = [max(ratio(row["log_ratio_max"]) for row in rows) for rows in batches]
         largest.semilogy(range(1, 1 + len(peaks)), peaks, **sparse)
         x = range(1, 1 + sum(name.startswith("agreement/") for name in mean))
-        agreement.plot(x, [mean[f"no_deviation/{i}"] for i in x], **marker)
-        engine = [mean[f"engine_no_deviation/{i}"] for i in x]
+        agreement.plot(x, [mean[f"agreement/{i}"] for i in x], **marker)
+        engine = [mean[f"engine_agreement/{i}"] for i in x]
         agreement.plot(x, engine, ":", color=style["color"], linewidth=1)
         end, hatch = 0, "" if number < 8 else "//"
         for name, opacity in (("1", 1), ("2", 0.6), ("3_or_more", 0.3)):
             height = mean[f"deviations_{name}/{x[-1]}"]
             look = {"color": style["color"], "alpha": opacity, "hatch": hatch}
-            bars.barh(number, height, left=end, edgecolor="white", **look)
+            bars.barh(place, height, left=end, edgecolor="white", **look)
             end += height
-        bars.plot(end, number, clip_on=False, **marker)
-        bars.plot(100 - engine[-1], number, "|", color="black", markersize=14)
+        bars.plot(end, place, clip_on=False, **marker)
+        unpredicted = 100 - mean[f"engine_no_deviation/{x[-1]}"]
+        bars.plot(unpredicted, place, "|", color="black", markersize=14)
     reward.set(title="Reward (mean of 5 batches)", xlabel="rollout batch")
-    largest.set(title="Largest PPO ratio of a batch", xlabel="rollout batch")
-    agreement.set(title="Sets without deviation, %", xlabel="mini-step i (dotted: no prediction)")
+    largest.set(title="Largest PPO ratio of a batch, of any seed", xlabel="rollout batch")
+    agreement.set(title="Replayed experts that are still current, %")
+    agreement.set_xlabel("mini-step i; dotted: without prediction")
     agreement.xaxis.get_major_locator().set_params(integer=True)
-    bars.set(title="Sets with 1, 2, more deviations (ever paler), %")
-    bars.set_xlabel("at the last mini-step; black line: no prediction")
+    bars.set(title="Deviating sets at the last mini-step, %")
+    bars.set_xlabel("by 1, 2, more experts: ever paler; black line: without prediction")
     bars.set_yticks(range(len(histories)), histories)
     bars.invert_yaxis()
     for kind in ("png", "svg"):
         figure.savefig(out / f"compare.{kind}")
     plot.close(figure)
-    print(f"wrote            {out}/compare.json, compare.png, compare.svg")
+    print(f"wrote            {out / 'compare.png'}, compare.svg")
 
 
 # --------------------------------------------------------------------------------- Benchmark
