@@ -3407,8 +3407,9 @@ def jobs(published, tmp_path_factory):
     flags = [*PUBLISHED.split(), "--steps", "2", "--checkpoint", str(published)]
     runs = [[*flags, "--method", name, "--out", str(folder / name)] for name in TRAINED]
     lines = ["import sys, torch, train_toy", "train_toy.pyplot = lambda: None"]
+    lines += ["destroy = torch.distributed.destroy_process_group"]
     lines += ["torch.distributed.destroy_process_group = lambda: None"]
-    lines += [f"sys.exit(max(map(train_toy.main, {runs})))"]
+    lines += [f"code = max(map(train_toy.main, {runs}))", "destroy()", "sys.exit(code)"]
     (folder / "jobs.py").write_text("\n".join(lines))
     done = torchrun(folder, 2, folder / "jobs.py")
     assert done.returncode == 0, done.stderr
