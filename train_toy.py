@@ -966,7 +966,7 @@ def draw_comparison(table: dict, histories: dict[str, list[list[dict]]], out: Pa
     agreement.set_xlabel("mini-step i; dotted: without prediction")
     agreement.xaxis.get_major_locator().set_params(integer=True)
     bars.set(title="Deviating sets at the last mini-step, %")
-    bars.set_xlabel("by 1, 2, more experts (ever paler); line: without prediction")
+    bars.set_xlabel("paler: 2, more experts; line: no prediction")
     bars.set_yticks(range(len(histories)), histories)
     bars.invert_yaxis()
     for kind in ("png", "svg"):
