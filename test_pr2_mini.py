@@ -3175,6 +3175,7 @@ def worker(folder):
 
 def torchrun(folder, count, *command, wait=120):
     """`torchrun --nproc-per-node COUNT COMMAND` in the folder; the finished process."""
+    pytest.importorskip("numpy", reason="pip install numpy")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command = [sys.executable, *launcher, str(count), *map(str, command)]
     path = str(Path(train_toy.__file__).resolve().parent)
@@ -3303,7 +3304,6 @@ sys.exit(train_toy.main(sys.argv[1:]))
 @pytest.fixture(scope="session")
 def died(base, tmp_path_factory):
     """A run of two processes, one of which is killed after five of six rollout batches."""
-    pytest.importorskip("numpy", reason="pip install numpy")
     folder = tmp_path_factory.mktemp("died")
     flags = [*MANY.split(), "--steps", 6, "--base-dir", base, "--out", "run"]
     return folder / "run", torchrun(folder, 2, "--no-python", sys.executable, "-c", DIES, *flags)
@@ -3372,6 +3372,7 @@ def test_bad_flag_under_torchrun_is_refused(flags, message, capsys, tmp_path, mo
 @pytest.fixture
 def sharded():
     """This process as the only one of its group."""
+    pytest.importorskip("numpy", reason="pip install numpy")
     yield train_toy.Processes("cpu", sharded=True)
     torch.distributed.destroy_process_group()
 
