@@ -645,8 +645,9 @@ def watch(
     _, trace = pr2_mini.response_logprobs(*forward, replay=batch.replay)
     logits = pr2_mini.at_response(trace.logits, batch.mask)
     current, k = pr2_mini.best(logits, batch.engine), batch.engine.shape[-1]
-    replayed, stale = (pr2_mini.shared(r, current) == k for r in (batch.reference, batch.engine))
-    states = torch.where(replayed, 1 - stale.int(), 3 - stale.int())
+    routes = batch.reference, batch.engine
+    replayed, unpredicted = (pr2_mini.shared(route, current) == k for route in routes)
+    states = torch.where(replayed, 1 - unpredicted.int(), 3 - unpredicted.int())
     lengths = batch.mask.sum(1).tolist()
     by_response = states.split(lengths, 1)
     row = max(range(len(lengths)), key=lambda r: int((by_response[r] % 2).sum()))
@@ -852,10 +853,8 @@ def compare(given: dict, variants: list[str]) -> int:
 
 def print_table(table: dict, seeds: int) -> None:
     """A Markdown table: mean ± half a 95 % interval."""
-    print(
-        f"\n{seeds} seeds; ± half a 95 % interval of the paired difference to the first row, or of"
-    )
-    print("the mean: in that row, in the removed shares, and where it has no such mini-step.")
+    print(f"\n{seeds} seeds; ± half a 95 % interval of the paired difference to the first row, or")
+    print("of the mean: in that row, in the removed shares, and where it has no such mini-step.")
     print("no_deviation, removed and excess_removed: in %, a value for every mini-step.")
     names = [name.partition("/")[0] for columns in table.values() for name in columns]
     shown = [n for n in dict.fromkeys(names) if not re.search("agreement|engine|ions_|gained", n)]
