@@ -1,19 +1,22 @@
 """Train the toy: warm up a small MoE on sums with slips, then sharpen it by RL with PR2.
 
-    python train_toy.py                          # warm-up (cached) and RL, minutes on a laptop
-    python train_toy.py --method r3 --seed 1     # another method, another seed
-    python train_toy.py --resume runs/NAME       # go on with a run that was stopped or killed
-    python train_toy.py --compare r3 pr2 pr2:alpha=0.3,loss=delta        # side by side
-    python train_toy.py --checkpoint OLMoE-1B-7B --prompts 32            # a real checkpoint
-    torchrun --nproc-per-node 8 train_toy.py --checkpoint OLMoE-1B-7B    # on eight GPUs
+    python train_toy.py                            # warm-up (cached) and RL, minutes on a laptop
+    python train_toy.py --method r3 --seed 1       # another method, another seed
+    python train_toy.py --resume runs/NAME         # go on with a run that was stopped or killed
+    python train_toy.py --compare r3 pr2 pr2:alpha=0.3,predictor=momentum       # side by side
+    python train_toy.py --checkpoint OLMoE-1B-7B --data train.jsonl             # a real checkpoint
+    torchrun --nproc-per-node 8 train_toy.py --checkpoint DIR --data FILE --out runs/NAME
 
-A run's folder holds config.json (every flag), metrics.jsonl (one line per rollout batch) and
+A run's folder holds config.json (every setting), metrics.jsonl (a line for each rollout batch) and
 checkpoint/step-N (the last two; `latest` names the one to trust), written by torch's distributed
-checkpoint: resume only runs of your own. The method is in pr2_mini.py.
+checkpoint: resume only runs of your own. The method is in pr2_mini.py. Linux and macOS.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import datetime
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -23,14 +26,15 @@ import math
 import os
 import re
 import shutil
-import signal
 import statistics
 import sys
 import time
+import typing
+import uuid
 import warnings
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so when imported
@@ -41,395 +45,531 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.nn.functional as F
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import pr2_mini
-from pr2_mini import AdditionTask, ModelConfig, MoETransformer, RLConfig, expect, generate
+from pr2_mini import AdditionTask, InputError, ModelConfig, MoETransformer, RLConfig
 
-# ------------------------------------------------------------------------------------- Flags
+RANK = int(os.environ.get("RANK", 0))
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets both
 
 
-DEFAULTS = RLConfig()
-FLAGS = {  # name: (default, help)
-    "method": (DEFAULTS.method, "one of " + ", ".join(pr2_mini.METHODS)),
-    "seed": (0, "of the base model and of everything after it"),
-    "steps": (300, "rollout batches; with --compare 60 unless given"),
-    "prompts": (DEFAULTS.prompts, "prompts per rollout batch"),
-    "samples": (DEFAULTS.samples, "responses per prompt"),
-    "mini_steps": (DEFAULTS.mini_steps, "kappa, updates per rollout batch"),
-    "epochs": (DEFAULTS.epochs, "passes over each rollout batch"),
-    "micro_tokens": (DEFAULTS.micro_tokens, "most tokens of a forward pass, 0 = a whole mini-step"),
-    "rollout_dtype": (DEFAULTS.rollout_dtype, "precision of the rollouts: fp32, bf16 or fp8"),
-    "learning_rate": (DEFAULTS.learning_rate, "of AdamW"),
-    "router_multiplier": (50.0, "learning rate of the routers over the model's"),
-    "clip_multiplier": (DEFAULTS.clip_multiplier, "of the method's clip range, inf = no clipping"),
-    "alpha": (DEFAULTS.alpha, "learning rate of the predictors over the model's"),
-    "predictor_loss": (DEFAULTS.predictor_loss, "post or delta"),
-    "cached_positions": (DEFAULTS.cached_positions, "T_c per response, 0 = all"),
-    "operands": (3, "numbers in a sum"),
-    "largest": (9, "largest number in a sum"),
-    "experts": (32, "N, experts per layer"),
-    "experts_per_token": (4, "k, experts that a token visits"),
-    "checkpoint": ("", "Hugging Face folder to train in place of the toy, on word problems"),
-    "template": ("{problem}\nAnswer:", "prompt for a checkpoint, around {problem}"),
-    "response_length": (0, "most new tokens, 0 = what the task needs"),
-    "trainable": ("", "regular expression: train only weights whose names it matches"),
-    "device": ("auto", "cpu, cuda or mps; auto is cuda if there is one, else cpu"),
-    "base_dir": ("base", "where warmed-up base models are cached"),
-    "out": ("", "folder of the run; by default a new one in runs/"),
-    "save_every": (20, "rollout batches between checkpoints"),
-    "resume": ("", "folder of a run to continue"),
-    "memory": (0, "print what a --checkpoint run on so many processes needs, and stop"),
-    "seeds": (3, "runs per variant of --compare"),
-}
-ONLY_ONCE = {"out", "resume", "memory", "seeds"}  # flags that are not settings of a run
+# --------------------------------------------------------------------------------- 1. Settings
+@dataclass
+class Settings(RLConfig):
+    """Every setting of a run: those of an RL step, and these. Each is a flag of the command line,
+    but for eos and pad, which are the task's."""
+
+    max_new_tokens: int = 0  # longest response, 0 = what the task needs
+    router_multiplier: float = 50.0  # learning rate of the routers W over the policy's (ours)
+    seed: int = 0  # of the base model and of everything after it
+    steps: int = 300  # rollout batches; --compare has 60 unless told otherwise
+    prompts: int = 64  # per rollout batch
+    operands: int = 3  # numbers in a sum
+    largest: int = 9  # largest number in a sum
+    layers: int = 4  # of the toy's model
+    experts: int = 32  # N, experts per layer
+    expert_width: int = 32  # of one expert
+    experts_per_token: int = 4  # k; top-1 is not renormalised, or its router would not learn
+    checkpoint: str = ""  # Hugging Face folder to train in place of the toy, on --data
+    data: str = ""  # JSON-lines file, each line with a "question" and an "answer"
+    system: str = ""  # system prompt for a checkpoint with a chat template
+    prompt_length: int = 1024  # longer prompts of --data are left out
+    device: str = "auto"  # cpu, cuda or mps; auto is cuda if there is one, else cpu
+    base_dir: str = "base"  # where warmed-up base models are kept
+    save_every: int = 20  # rollout batches between checkpoints
+
+
 # Other defaults with --checkpoint: large models learn slowly, and their routers need no help.
-PUBLISHED = {"learning_rate": 1e-6, "router_multiplier": 1.0, "alpha": 1000.0}
-PUBLISHED |= {"rollout_dtype": "bf16", "micro_tokens": 16384}
+CHECKPOINT_DEFAULTS = {
+    "learning_rate": 1e-6,
+    "router_multiplier": 1.0,
+    "alpha": 1000.0,
+    "rollout_dtype": "bf16",
+    "micro_batch": 8,
+}
+MAY_CHANGE = ("steps", "device", "base_dir", "checkpoint", "data")  # when a run is resumed
+AT_LEAST_ONE = ("samples", "mini_steps", "steps", "prompts", "save_every", "prompt_length")
+SETTINGS = [field for field in dataclasses.fields(Settings) if field.name not in ("eos", "pad")]
 
 
-def parse(arguments: list[str]) -> tuple[dict, list[str] | None]:
-    """The flags that were given, and the variants if it was --compare."""
+def make_settings(values: dict, source: str) -> Settings:
+    """Settings from a flag, a variant or a file: known names, right types, sensible numbers."""
+    types = {field.name: field.type for field in SETTINGS}
+    for name, value in values.items():
+        if name not in types:
+            raise InputError(f'{source} has "{name}", which is not a setting; --help lists them')
+        expected = types[name]
+        if typing.get_origin(expected) is typing.Literal:
+            continue  # RLConfig checks the choices
+        allowed = (int, float) if expected is float else expected
+        if not isinstance(value, allowed) or isinstance(value, bool):
+            kind = expected.__name__
+            raise InputError(f"{source} has {name} {value!r:.60}; expected a value of type {kind}")
+        least = 1 if name in AT_LEAST_ONE else 0
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            raise InputError(f"{source} has {name} {value}; expected a number of at least {least}")
+    if values.get("checkpoint"):
+        values = {**CHECKPOINT_DEFAULTS, **values}
+    settings = Settings(**values)
+    if settings.temperature == 0 or settings.cached_share > 1 or settings.beta1 >= 1:
+        raise InputError("expected a temperature above 0, cached_share up to 1 and beta1 below 1")
+    share = settings.mini_steps * PROCESSES
+    if settings.prompts % share != 0:
+        raise InputError(
+            f"{settings.prompts} prompts do not divide into {settings.mini_steps} mini-steps on "
+            f"{PROCESSES} processes; expected a multiple of {share}"
+        )
+    if settings.device == "auto":
+        settings.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return settings
+
+
+def as_dict(settings: Settings) -> dict:
+    """What config.json holds."""
+    return {field.name: getattr(settings, field.name) for field in SETTINGS}
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
+    """What to do, and the settings that were given."""
     parser = argparse.ArgumentParser(
         description="Train a toy MoE by RL with Predictive Routing Replay (PR2).",
         usage="python train_toy.py [FLAG VALUE ...]    (--help lists the flags)",
-        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, (default, text) in FLAGS.items():
-        text += f" (default: {default})" if default != "" else ""
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=type(default), help=text, metavar="")
-    text = "train variants, METHOD or METHOD:flag=value,..., from the same base models"
-    parser.add_argument("--compare", nargs="*", metavar="VARIANT", help=text)
-    text = "print where the time goes, and the ratios to transformers if that is installed"
-    parser.add_argument("--benchmark", action="store_true", help=text)
-    given = vars(parser.parse_args(arguments))
-    return given, given.pop("compare", None)
-
-
-def settings(given: dict) -> dict:
-    """Every setting of a run: the given ones, and the defaults of the others."""
-    flags = {name: default for name, (default, _) in FLAGS.items()}
-    flags |= (PUBLISHED if given.get("checkpoint") else {}) | given
-    if flags["device"] == "auto":
-        flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    return {name: value for name, value in flags.items() if name not in ONLY_ONCE}
-
-
-def resumed(given: dict, folder: Path) -> dict:
-    """The settings of the run in this folder; only --steps may differ from them."""
-    saved = read_config(folder)
-    for name, value in given.items():
-        flag, same = "--" + name.replace("_", "-"), name == "steps" or saved.get(name) == value
-        expect(same, f"{flag} {value} contradicts the run in {folder}: {saved.get(name)}")
-    return saved | given
-
-
-def configurations(flags: dict) -> tuple[AdditionTask, ModelConfig, RLConfig]:
-    """What the flags mean; raises ValueError for flags that do not fit together."""
-    if flags["checkpoint"]:
-        folder = Path(flags["checkpoint"])
-        model = pr2_mini.config_from(pr2_mini.read(folder / "config.json"))
-        task = WordProblems(folder, flags["operands"], flags["largest"], flags["template"])
-    else:
-        task = AdditionTask(flags["operands"], flags["largest"])
-        longest = max(task.response_length, flags["response_length"])
-        model = ModelConfig(
-            vocab_size=len(task.characters),
-            num_experts=flags["experts"],
-            num_experts_per_tok=flags["experts_per_token"],
-            max_position_embeddings=task.prompt_length + longest,
+    # The comment of a field is the help of its flag.
+    source = inspect.getsource(RLConfig) + inspect.getsource(Settings)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    for field in SETTINGS:
+        choices = typing.get_args(field.type)
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=str if choices else field.type,
+            choices=choices or None,
+            default=argparse.SUPPRESS,
+            help=f"{comments.get(field.name, '')} (default: {field.default})",
+            metavar="|".join(choices) if choices else field.type.__name__,
         )
-    names = set(inspect.signature(RLConfig).parameters) & set(flags)
-    values = {name: flags[name] for name in names} | {"eos": task.eos, "pad": task.pad}
-    values |= {"max_new_tokens": flags["response_length"] or task.response_length}
-    rl = RLConfig(recompute=bool(flags["checkpoint"]), **values)
-    expect(flags["steps"] > 0, f"--steps is {flags['steps']}; expected at least 1")
-    expect(flags["save_every"] > 0, f"--save-every is {flags['save_every']}; expected at least 1")
-    share = rl.mini_steps * Processes.count
-    message = f"{rl.prompts} prompts do not divide into {rl.mini_steps} mini-steps on "
-    message += f"{Processes.count} processes; expected a multiple of {share}"
-    expect(rl.prompts % share == 0, message)
-    return task, model, rl
+    parser.add_argument("--out", default="", help="folder of the run; default: a new one in runs/")
+    parser.add_argument("--resume", default="", help="folder of a run to go on with")
+    parser.add_argument(
+        "--compare", nargs="*", metavar="METHOD[:setting=value,...]", help="train variants"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs per variant of --compare")
+    parser.add_argument("--benchmark", action="store_true", help="print where the time goes")
+    actions = parser.parse_args(arguments)
+    given = {f.name: getattr(actions, f.name) for f in SETTINGS if hasattr(actions, f.name)}
+    return actions, given
 
 
-# --------------------------------------------------------------------------------- Processes
-
-
-class Processes:
-    """The processes that train together: those that torchrun has started, or this one alone."""
-
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-    def __init__(self, device: str, sharded: bool):
-        several = self.count > 1
-        name = f"cuda:{os.environ['LOCAL_RANK']}" if several and device == "cuda" else device
-        try:
-            self.device = torch.zeros(1, device=name).device
-        except (RuntimeError, AssertionError, NotImplementedError):
-            raise ValueError(f'device "{name}" is not available here; try --device cpu') from None
-        self.mesh = None
-        if sharded or several:
-            missing = importlib.util.find_spec("numpy") is None
-            expect(not missing, "torch's processes talk by way of numpy: pip install numpy")
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            single = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            if not dist.is_initialized():
-                dist.init_process_group(backend, **({} if several else single))
-            self.mesh = dist.init_device_mesh(self.device.type, (self.count,))
-
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """The values of all processes, stacked."""
-        if self.count == 1:
-            return pr2_mini.alone(values)
-        everyone = values.new_empty(self.count * values.numel())
-        dist.all_gather_single(everyone, values.flatten())
-        return everyone.view(self.count, *values.shape)
-
-    def place(self, model: MoETransformer, dtype: torch.dtype | None = None) -> MoETransformer:
-        """Moves the model to the device. Where it is sharded (FSDP2), each process keeps its part
-        of every block and computes in dtype; routers and predictors are small and stay whole."""
-        if self.mesh is None:
-            return model.to(self.device)
-        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-        whole = {p for router in model.routers for p in router.to(self.device).parameters()}
-        for module in [*model.blocks, model]:
-            fully_shard(module, mesh=self.mesh, mp_policy=policy, ignored_params=whole)
-        return model
-
-
-# ------------------------------------------------------------------------------------- Files
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path` and moves it there: all of it or none of it, also
-    where two runs make the same base model at once."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+# -------------------------------------------------------------------------------- 2. Processes
+def open_device(name: str, sharded: bool) -> tuple[torch.device, dist.DeviceMesh | None]:
+    """The device of this process, and the mesh of all of them if the model is to be sharded."""
+    if PROCESSES > 1 and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        write(partial)
-        with open(partial, "rb") as file:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f'device "{name}" is not available; try --device cpu') from error
+    if not sharded and PROCESSES == 1:
+        return device, None
+    if device.type == "mps":
+        raise InputError("several processes and --checkpoint need --device cpu or cuda, not mps")
+    if importlib.util.find_spec("numpy") is None:
+        raise InputError("torch's processes talk by way of numpy: pip install numpy")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if PROCESSES > 1:
+            patience = datetime.timedelta(hours=2)  # the first process loads or warms up alone
+            dist.init_process_group(backend, timeout=patience)
+        else:  # alone, but sharded: FSDP keeps float32 weights and computes in bfloat16
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device, dist.init_device_mesh(device.type, (PROCESSES,))
+
+
+def place(model: MoETransformer, device, mesh, dtype: torch.dtype | None) -> MoETransformer:
+    """Moves the model to the device. On a mesh each process keeps its part of every block (FSDP2)
+    and computes in dtype; routers and predictors are small and stay whole, in float32."""
+    if mesh is None:
+        return model.to(device)
+    whole = set()
+    for router in model.routers:
+        whole.update(router.to(device).parameters())
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for module in [*model.blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    return model
+
+
+# ------------------------------------------------------------------------------ 3. A run's files
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds it against every other process; the system lets go of it when
+    this one ends, however it ends."""
+    if RANK > 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"cannot write the folder {folder}: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(f"{folder} belongs to a run that is still going; wait for it") from None
+    finally:
+        os.close(handle)
+
+
+def write_file(path: Path, text: str) -> None:
+    """All of the file or none of it, also when the disk is full."""
+    partial = path.with_name(f"{path.name}.partial")
+    with writing(path):
+        with open(partial, "w") as file:
+            file.write(text)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
-def torch_save(content: dict, path: Path) -> None:
+def read_json(path: Path) -> dict:
     try:
-        write_atomically(path, lambda partial: torch.save(content, partial))
-    except RuntimeError as error:  # torch's own word for a full disk
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
-
-
-def torch_load(path: Path, device: torch.device | str = "cpu") -> dict:
-    """A file of tensors and plain values; never runs code from it."""
-    expect(path.is_file(), f"{path} does not exist")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # torch raises half a dozen types for a file that is not its own
-        raise ValueError(f"{path} is truncated or not a checkpoint of train_toy.py") from None
-    known = isinstance(content, dict) and "config" in content and "model" in content
-    expect(known, f"{path} is not a checkpoint of train_toy.py")
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is missing or damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: expected a JSON object")
     return content
 
 
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(folder, os.W_OK) else "Permission denied"
-    except OSError as error:
-        reason = error.strerror
-    expect(not reason, f"cannot write the folder {folder} ({reason}); choose another --out")
+def read_metrics(path: Path, steps: int) -> list[dict]:
+    """The first `steps` lines, each of them the JSON object of its rollout batch."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    lines = text.splitlines()
+    if len(lines) < steps:
+        raise InputError(
+            f"{path} has {len(lines)} lines; expected the {steps} up to the checkpoint"
+        )
+    history = []
+    for number, line in enumerate(lines[:steps], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or row.get("step") != number:
+            raise InputError(f"line {number} of {path} is damaged: expected rollout batch {number}")
+        history.append(row)
+    return history
 
 
-def read_config(folder: Path) -> dict:
-    path = folder / "config.json"
-    expect(path.is_file(), f"{folder} holds no config.json; expected the folder of a run")
-    try:
-        saved = json.loads(path.read_text())
-    except ValueError:
-        saved = None
-    complete = isinstance(saved, dict) and saved.keys() == FLAGS.keys() - ONLY_ONCE
-    expect(complete, f"{path} is damaged, or not of a run of this version of train_toy.py")
-    return saved
+def prepare_folder(folder: Path) -> None:
+    """For a new run: refuses a folder with a run or with foreign files, but not what a run has left
+    that was killed before its first checkpoint was complete."""
+    if (folder / "checkpoint" / "latest").exists():
+        raise InputError(f"{folder} holds a run; --resume it, or choose another --out")
+    log = folder / "metrics.jsonl"
+    ours = {"config.json", "config.json.partial", "checkpoint", log.name, f"{log.name}.partial"}
+    foreign = {path.name for path in folder.iterdir()} - ours
+    if foreign or (log.exists() and log.stat().st_size > 0):
+        name = min(foreign, default=log.name)
+        raise InputError(f"{folder} holds {name}; choose an empty folder for --out")
 
 
-def everything(model: MoETransformer, optimizer: torch.optim.Optimizer) -> dict:
-    """Every tensor of a run by name, for a checkpoint: of the model and, filled in here instead of
-    by the first step, of AdamW."""
+def tensors_of(model: MoETransformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor of a run by name: of the model and, made here and not in the first step, of
+    AdamW. A checkpoint is written from them and read into them."""
     tensors = dict(model.state_dict())
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
-            tensors |= {f"{name}.{key}": tensor for key, tensor in optimizer.state[p].items()}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+        for key, tensor in state.items():
+            tensors[f"{name}.{key}"] = tensor
     return tensors
 
 
-def save_checkpoint(folder: Path, tensors: dict, progress: dict, rank: int) -> None:
+def save_checkpoint(folder: Path, tensors: dict, progress: dict) -> None:
     """Writes checkpoint/step-N, then points `latest` at it, then drops all but the last two."""
     checkpoints = folder / "checkpoint"
     new = checkpoints / f"step-{progress['step']}"
-    partial = new.with_name(new.name + ".partial")
-    if not new.exists():
-        try:
-            dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
-        except (Exception, CheckpointException) as error:  # torch's own is not an Exception
-            raise OSError(f"cannot write {new}: {str(error).strip().splitlines()[-1]}") from None
-    if rank == 0:
-        if partial.exists():
-            (partial / "progress.json").write_text(json.dumps(progress))
+    partial = checkpoints / "step.partial"
+    if RANK == 0:
+        for stale in (new, partial):  # of a run that was killed while it wrote them
+            shutil.rmtree(stale, ignore_errors=True)
+    with writing(new, size=sum(tensor.nbytes for tensor in tensors.values())):
+        dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
+        if RANK == 0:
+            write_file(partial / "progress.json", json.dumps(progress))
             partial.rename(new)
-        write_atomically(checkpoints / "latest", lambda path: path.write_text(new.name))
-        steps = sorted(checkpoints.glob("step-*[0-9]"), key=lambda path: int(path.name[5:]))
-        for old in steps[:-2]:
-            shutil.rmtree(old)
+            write_file(checkpoints / "latest", new.name)
+            for old in sorted(checkpoints.glob("step-*"), key=step_of)[:-2]:
+                shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, tensors: dict) -> dict:
-    """Fills the tensors from the newest checkpoint, written by any number of processes."""
-    latest = folder / "checkpoint" / "latest"
-    expect(latest.is_file(), f"{folder} has no checkpoint yet; start the run again in a new folder")
-    path = latest.with_name(latest.read_text())
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+@contextlib.contextmanager
+def writing(path: Path, size: int = 0) -> Iterator[None]:
+    """What fails in here becomes a sentence. It says whether it is the disk: torch does not."""
     try:
-        progress = json.loads((path / "progress.json").read_text())
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:  # the latter two are torch's
+        folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+        free = shutil.disk_usage(folder).free
+        full = free < size or "No space" in str(error)
+        words = "the disk is full" if full else last_line(error)
+        message = f"cannot write {path}: {words}; {free / 1e6:.0f} MB are free"
+        raise InputError(message) from error
+
+
+def last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def load_checkpoint(folder: Path, model: MoETransformer, tensors: dict) -> dict:
+    """Fills the tensors from the newest checkpoint, of any number of processes; its progress."""
+    latest = folder / "checkpoint" / "latest"
+    if not latest.is_file():
+        raise InputError(f"{folder} has no checkpoint; start the run again with --out {folder}")
+    name = latest.read_text(errors="replace")
+    path = latest.parent / name
+    if not re.fullmatch(r"step-\d+", name) or not path.is_dir():
+        raise InputError(f'{latest} is damaged: it names "{name:.40}", which is no checkpoint')
+    progress = read_json(path / "progress.json")
+    before = progress.get("before")
+    texts = isinstance(before, list) and all(isinstance(text, str) for text in before)
+    if progress.get("step") != step_of(path) or not texts:
+        raise InputError(f"{path / 'progress.json'} is damaged")
+    try:
         dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{path} is damaged or of another pr2_mini.py: {reason}") from None
+        raise InputError(f"{path} is damaged or of another model: {last_line(error)}") from error
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise InputError(f"{path} has {name} with values that are not finite")
     return progress
 
 
-# ----------------------------------------------------------------------------------- Warm-up
+# --------------------------------------------------------------------------------- 4. Base model
+BASE_VERSION = 2  # counted up whenever a base model made anew would differ
+
+
+def load_balancing_loss(experts: Tensor, logits: Tensor, real: Tensor) -> Tensor:
+    """Switch Transformer's auxiliary loss over real tokens, mean over layers; 1 when the load is
+    even. experts (L, B, T, k) ids; logits (L, B, T, N); real (B, T) bool."""
+    N = logits.shape[-1]
+    # N sum_j f_j P_j: f_j is the share of slots that went to expert j, P_j its mean probability.
+    f = F.one_hot(experts[:, real].long(), N).float().flatten(1, -2).mean(1)
+    P = logits[:, real].softmax(-1).mean(1)
+    return N * (f * P).sum(-1).mean()
 
 
 def warm_up(model: MoETransformer, task: AdditionTask, seed: int) -> None:
     """Supervised training on worked sums with slips, so that RL has something to sharpen.
 
     RL cannot teach a skill that is never sampled, and has nothing to do where every sample is
-    right. A model trained on sums of which a third slip by one can add but often does not.
-    """
-    steps, rows, slip, rate = 300, 128, 0.35, 3e-3
+    right. A model trained on sums of which a third slip by one can add but often does not."""
+    steps = 300
     device = model.embed.weight.device
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.98), weight_decay=0, fused=True)
-    ramp = [min((s + 1) / 20, 0.525 + 0.475 * math.cos(math.pi * s / steps)) for s in range(steps)]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: ramp[min(s, steps - 1)])
-    for _ in (bar := tqdm(range(steps), "warm-up", leave=False)):
-        problems = task.problems(rows, generator)
-        texts = [problem + task.solve(problem, slip, generator) for problem in problems]
-        tokens = task.encode(texts, task.prompt_length + task.response_length).to(device)
-        ends = torch.tensor([[len(problem)] for problem in problems], device=device)
-        columns = torch.arange(1, tokens.shape[1], device=device)
-        asked = (columns < ends) | (tokens[:, 1:] == task.pad)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0, fused=True
+    )
+    width = task.prompt_length + task.response_length
+    bar = tqdm(range(steps), "warm-up", leave=False)
+    for step in bar:
+        # A linear ramp, then a cosine down to a twentieth.
+        rate = min((step + 1) / 20, 0.525 + 0.475 * math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = 3e-3 * rate
+        problems = task.problems(128, generator)
+        texts = [problem + task.solve(problem, 0.35, generator) for problem in problems]
+        tokens = task.encode([text.ljust(width, "_") for text in texts]).to(device)
+        lengths = torch.tensor([len(problem) for problem in problems], device=device)
+        column = torch.arange(1, width, device=device)
+        real = tokens[:, 1:] != task.pad
+        answer = real & (column >= lengths[:, None])
         logits, trace = model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:].masked_fill(asked, -100))
-        balance = pr2_mini.load_balancing_loss(trace.experts, trace.logits)
+        loss = F.cross_entropy(logits[answer], tokens[:, 1:][answer])
+        balance = load_balancing_loss(trace.experts, trace.logits, real)
         optimizer.zero_grad()
         (loss + 0.01 * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
-def base_model(
-    config: ModelConfig, task: AdditionTask, seed: int, device: torch.device, folder: Path
-) -> tuple[MoETransformer, str]:
-    """The warmed-up model, from the cache if the very same one was made before; and how."""
-    code = Path(pr2_mini.__file__).read_text() + inspect.getsource(warm_up) + torch.__version__
-    key = {"model": vars(config), "task": vars(task), "seed": seed, "device": device.type}
-    digest = hashlib.sha256((code + json.dumps(key)).encode()).hexdigest()[:16]
-    path = folder / f"{digest}.pt"
-    torch.manual_seed(seed)
+def base_model(config: ModelConfig, task: AdditionTask, settings: Settings, device):
+    """The warmed-up model, from the base folder if one of the same settings was made before."""
+    name = (
+        f"v{BASE_VERSION}-{task.operands}x{task.largest}-{config.num_hidden_layers}layers"
+        f"-top{config.num_experts_per_tok}of{config.num_experts}x{config.moe_intermediate_size}"
+        f"-seed{settings.seed}-{device.type}.pt"
+    )
+    path = Path(settings.base_dir) / name
+    torch.manual_seed(settings.seed)
     model = MoETransformer(config).to(device)
     if path.is_file():
-        model.load_state_dict(torch_load(path, device)["model"])
-        return model, f"{path} (cached)"
-    folder.mkdir(parents=True, exist_ok=True)
+        try:
+            model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        except Exception as error:  # torch raises half a dozen types for a file that is not its own
+            raise InputError(f"{path} is damaged or of another version; delete it") from error
+        print(f"base model       {path}")
+        return model
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write the folder {path.parent}: {error.strerror}") from error
     start = time.perf_counter()
-    warm_up(model, task, seed)
-    torch_save({"config": key, "model": model.state_dict()}, path)
-    return model, f"{path} (warmed up in {time.perf_counter() - start:.0f} s)"
+    warm_up(model, task, settings.seed)
+    partial = path.with_name(f"{name}.{os.getpid()}.partial")  # others may make the same one
+    with writing(path):
+        torch.save(model.state_dict(), partial)
+        os.replace(partial, path)
+    print(f"base model       {path} (warmed up in {time.perf_counter() - start:.0f} s)")
+    return model
 
 
-# -------------------------------------------------------------------------------- RL training
+# ------------------------------------------------------------------ 5. Questions for a checkpoint
+class Questions:
+    """Questions of a JSON-lines file for a checkpoint, with the checkpoint's own tokenizer; what a
+    problem is here is its number in the file. An eighth, by checksum, is never trained on."""
 
+    response_length = 512
 
-class WordProblems:
-    """Arithmetic in words, for a checkpoint and its own tokenizer: an AdditionTask's methods.
-    The answer is the last integer of the response."""
-
-    names, things = ("Ann", "Ben", "Cleo", "Dan", "Eve"), ("apples", "books", "coins", "shells")
-    gains, losses = ("buys", "finds", "makes"), ("loses", "sells", "drops")
-    response_length = 256
-
-    def __init__(self, folder: Path, operands: int, largest: int, template: str):
+    def __init__(self, settings: Settings):
+        transformers = pr2_mini.import_transformers()
+        folder = settings.checkpoint
         try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ValueError("--checkpoint needs tokenizers: pip install tokenizers") from None
-        expect("{problem}" in template, f'--template "{template}" does not contain {{problem}}')
-        expect(operands > 1 and largest > 0, "--operands and --largest must be at least 2 and 1")
-        self.operands, self.largest, self.template = operands, largest, template
-        path, ids = folder / "tokenizer.json", pr2_mini.read(folder / "config.json")
-        expect(path.is_file(), f"{folder} has no tokenizer.json; expected it beside config.json")
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # of transformers, and of what it calls
+            raise InputError(f"cannot read the tokenizer in {folder}: {error}") from error
+        self.tokenizer.model_max_length = sys.maxsize  # --prompt-length is what counts
+        self.system = settings.system
+        self.questions, self.answers = read_questions(Path(settings.data))
+        self.eos = end_tokens(Path(folder), self.tokenizer)
+        self.pad = (
+            self.eos[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        )
+        self.ids = [self.encode(question) for question in self.questions]
+        self.parts = {True: [], False: []}  # held out, training
+        for number, question in enumerate(self.questions):
+            if len(self.ids[number]) <= settings.prompt_length:
+                self.parts[zlib.crc32(question.encode()) % 8 == 0].append(number)
+        left_out = len(self.ids) - len(self.parts[True]) - len(self.parts[False])
+        if left_out:
+            print(
+                f"left out         {left_out} prompts of more than {settings.prompt_length} tokens"
+            )
+        if not self.parts[True] or not self.parts[False]:
+            raise InputError(
+                f"{settings.data} has {len(self.parts[False])} questions to train on and "
+                f"{len(self.parts[True])} held out; expected some of each"
+            )
+
+    def encode(self, question: str) -> list[int]:
+        """The ids of a prompt: by the chat template if there is one, else a plain question."""
+        if self.tokenizer.chat_template is None:
+            if self.system:
+                raise InputError("--system needs a checkpoint with a chat template")
+            text = f"{question}\nAnswer:"
+            return self.tokenizer(text, padding=False, truncation=False)["input_ids"]
+        messages = [{"role": "user", "content": question}]
+        if self.system:
+            messages.insert(0, {"role": "system", "content": self.system})
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-        size, most = self.tokenizer.get_vocab_size(), ids["vocab_size"]
-        expect(size <= most, f"{path} has {size} tokens; expected at most the model's {most}")
-        if (generation := folder / "generation_config.json").is_file():
-            ids |= pr2_mini.read(generation)
-        ends = ids.get("eos_token_id")
-        self.eos = (ends or [None])[0] if isinstance(ends, list) else ends
-        expect(self.eos is not None, f"{folder / 'config.json'} names no eos_token_id")
-        self.pad = self.eos if ids.get("pad_token_id") is None else ids["pad_token_id"]
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template may refuse, for one a system prompt
+            raise InputError(f"the chat template of the checkpoint refuses: {error}") from error
+        # The template writes the special tokens itself: no second bos.
+        return self.tokenizer(text, add_special_tokens=False, padding=False, truncation=False)[
+            "input_ids"
+        ]
 
-    def problems(self, count: int, generator: torch.Generator, held_out: bool = False) -> list[str]:
-        """`count` problems, all from the training part or all from the held-out part."""
-        found: list[str] = []
+    def problems(self, count: int, generator: torch.Generator, held_out: bool = False) -> list[int]:
+        part = self.parts[held_out]
+        draws = torch.randint(len(part), (count,), generator=generator)
+        return [part[draw] for draw in draws.tolist()]
 
-        def draw(options: Sequence) -> object:
-            return options[int(torch.randint(len(options), (), generator=generator))]
+    def prompts(self, problems: list[int]) -> tuple[Tensor, Tensor]:
+        """(Q, P) int64 ids, padded on the left, and (Q, P) bool, which of them are real."""
+        rows = [self.ids[number] for number in problems]
+        width = max(len(row) for row in rows)
+        tokens = torch.full((len(rows), width), self.pad)
+        attend = torch.zeros(len(rows), width, dtype=torch.bool)
+        for row, ids in enumerate(rows):
+            tokens[row, width - len(ids) :] = torch.tensor(ids)
+            attend[row, width - len(ids) :] = True
+        return tokens, attend
 
-        while len(found) < count:
-            name, thing = draw(self.names), draw(self.things)
-            numbers = [draw(range(self.largest + 1)) for _ in range(self.operands)]
-            text = f"{name} has {numbers[0]} {thing}. "
-            for number in numbers[1:]:
-                text += f"{name} {draw(self.gains + self.losses)} {number}. "
-            text += f"How many {thing} does {name} have now?"
-            if (zlib.crc32(text.encode()) % 8 == 0) == held_out:
-                found.append(text)
-        return found
+    def decode(self, ids: Tensor) -> list[str]:
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def prompts(self, problems: list[str]) -> torch.Tensor:
-        """Problems -> (len(problems), P) int64 ids, padded on the left."""
-        texts = [self.template.replace("{problem}", problem) for problem in problems]
-        rows = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
-        width = max(map(len, rows))
-        return torch.tensor([[self.pad] * (width - len(row)) + row for row in rows])
+    def text(self, problem: int) -> str:
+        return self.questions[problem]
 
-    def decode(self, ids: torch.Tensor) -> list[str]:
-        return self.tokenizer.decode_batch(ids.tolist())
+    def rewards(self, problems: list[int], responses: list[str]) -> Tensor:
+        """1.0 where math-verify finds the answer in the response, else 0.0. A fork begins here."""
+        from math_verify import parse, verify
 
-    def rewards(self, problems: list[str], responses: list[str]) -> torch.Tensor:
-        """1.0 where the last integer of the response is the answer, else 0.0."""
-        right = []
+        rewards = []
         for problem, response in zip(problems, responses, strict=True):
-            changes = re.findall(r"(\w+) (\d+)", problem)
-            signed = [(-1) ** (verb in self.losses) * int(number) for verb, number in changes]
-            answer = sum(signed)
-            right.append(re.findall(r"-?\d+", response)[-1:] == [str(answer)])
-        return torch.tensor(right).float()
+            right = verify(parse(self.answers[problem]), parse(response))
+            rewards.append(1.0 if right else 0.0)
+        return torch.tensor(rewards)
+
+
+def read_questions(path: Path) -> tuple[list[str], list[str]]:
+    """Questions and answers, as GSM8K writes them (the answer follows ####) or bare."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise InputError("checking answers needs math-verify: pip install math-verify")
+    if not path.is_file():
+        raise InputError(f'--checkpoint needs --data, a JSON-lines file; "{path}" is none')
+    questions = []
+    answers = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                answer = str(row["answer"]).split("####")[-1].strip()
+                questions.append(str(row["question"]))
+                # math-verify reads LaTeX only where it is marked as such.
+                answers.append(f"${answer}$" if "\\" in answer else answer)
+            except (ValueError, KeyError, TypeError) as error:
+                wanted = '{"question": ..., "answer": ...}'
+                raise InputError(f"line {number} of {path} is not {wanted}: {error!r}") from error
+    if not questions:
+        raise InputError(f"{path} is empty; expected a question and an answer in each line")
+    return questions, answers
+
+
+def end_tokens(folder: Path, tokenizer) -> list[int]:
+    """Every id that ends a response: of the tokenizer, config.json and generation_config.json."""
+    found: list = []
+    for source in (tokenizer, *pr2_mini.read_hf_configs(folder)):
+        ids = getattr(source, "eos_token_id", None)
+        found += ids if isinstance(ids, list) else [ids]
+    ends = [token for token in found if token is not None]
+    if not ends or not all(type(token) is int for token in ends):
+        raise InputError(f"{folder} names no eos_token_id that could end a response: {ends}")
+    return sorted(set(ends))
+
+
+# ----------------------------------------------------------------------------------- 6. Training
+EVALUATE_EVERY = 10  # rollout batches
+EVALUATED = 256  # held-out problems
 
 
 def generator_for(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
@@ -438,434 +578,505 @@ def generator_for(*key: object, device: torch.device | str = "cpu") -> torch.Gen
     return torch.Generator(device).manual_seed(int.from_bytes(seed, "big") >> 1)
 
 
-def trainable(expression: str, model: MoETransformer) -> set[str]:
-    """The names of the weights to train: those that match, and the predictors."""
-    names = {name for name, _ in model.named_parameters()}
-    predictors = {name for name in names if ".predictor." in name}
-    try:
-        found = {name for name in names - predictors if re.search(expression, name)}
-    except re.error as error:
-        raise ValueError(f'--trainable "{expression}" is no regular expression: {error}') from None
-    expect(found, f'--trainable "{expression}" matches no weight; one is called {min(names)}')
-    return found | predictors
+def build_task(settings: Settings) -> tuple[AdditionTask | Questions, ModelConfig, RLConfig]:
+    """The task, the shape of the model, and the settings of an RL step on it."""
+    if settings.checkpoint:
+        hf_config, _ = pr2_mini.read_hf_configs(Path(settings.checkpoint))
+        config = pr2_mini.config_from(hf_config)
+        task = Questions(settings)
+        longest = max(len(ids) for ids in task.ids if len(ids) <= settings.prompt_length)
+    else:
+        task = AdditionTask(settings.operands, settings.largest)
+        longest = task.prompt_length
+        config = ModelConfig(
+            vocab_size=len(task.characters),
+            num_hidden_layers=settings.layers,
+            moe_intermediate_size=settings.expert_width,
+            num_experts=settings.experts,
+            num_experts_per_tok=settings.experts_per_token,
+            norm_topk_prob=settings.experts_per_token > 1,
+        )
+    length = settings.max_new_tokens or task.response_length
+    if longest + length > config.max_position_embeddings:
+        raise InputError(
+            f"prompts of {longest} and responses of {length} tokens exceed the model's "
+            f"{config.max_position_embeddings} positions; lower --max-new-tokens"
+        )
+    rl = dataclasses.replace(settings, max_new_tokens=length, eos=task.eos, pad=task.pad)
+    return task, config, rl
 
 
-class Run:
-    """A run: its policy, the engine that rolls out, AdamW, its folder, and what it measured."""
+def build_model(settings: Settings, config: ModelConfig, task, resume: bool, device, mesh):
+    """The policy and the engine that rolls out. Of several processes the first loads or makes the
+    weights, and the others get theirs from it; a resumed run gets its own from a checkpoint."""
+    if mesh is None and not resume:
+        model = base_model(config, task, settings, device)
+        return model, pr2_mini.rollout_engine(model, settings.rollout_dtype)
+    weights = {}
+    if RANK == 0 and not resume:
+        if settings.checkpoint:
+            weights = MoETransformer.from_pretrained(settings.checkpoint).state_dict()
+        else:
+            weights = base_model(config, task, settings, torch.device("cpu")).state_dict()
+    model = pr2_mini.empty_model(config, "cpu")
+    engine = pr2_mini.rollout_engine(model, settings.rollout_dtype)
+    if settings.checkpoint:  # keep only the inputs of each block for the backward pass
+        for block in model.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    model = place(model, device, mesh, torch.bfloat16 if settings.checkpoint else None)
+    engine = place(engine, device, mesh, None)
+    if mesh is not None and not resume:
+        options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        dcp_state.set_model_state_dict(model, weights, options=options)
+    return model, engine
 
-    def __init__(self, flags: dict, folder: Path, resume: bool = False):
-        self.flags, self.folder, self.log = flags, folder, folder / "metrics.jsonl"
-        self.task, model_config, self.config = configurations(flags)
-        self.world = world = Processes(flags["device"], bool(flags["checkpoint"]))
-        # All processes but the first get their weights from it; a resumed run has a checkpoint.
-        model, self.origin = pr2_mini.empty_model(model_config, torch.float32, "cpu"), ""
-        trained = trainable(flags["trainable"], model)
-        if world.rank == 0 and not resume:
-            empty = not folder.is_dir() or not any(folder.iterdir())
-            expect(empty, f"{folder} is not empty; choose another --out, or --resume it")
-            if path := flags["checkpoint"]:
-                model, self.origin = MoETransformer.from_pretrained(path), path
-            make_folder(folder)
-            if not path:
-                cache = Path(flags["base_dir"])
-                parts = model_config, self.task, flags["seed"], world.device, cache
-                model, self.origin = base_model(*parts)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
-        values = model.state_dict() if world.rank == 0 else {}
-        self.engine = world.place(pr2_mini.rollout_engine(model, self.config.rollout_dtype))
-        self.model = world.place(model, torch.bfloat16 if flags["checkpoint"] else None)
-        if world.mesh is not None and not resume:
-            options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-            dcp_state.set_model_state_dict(self.model, values, options=options)
-        del values  # of a large model, a second copy
-        self.optimizer = pr2_mini.make_optimizer(self.model, self.config)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.tensors = everything(self.model, self.optimizer)
-        self.held_out = self.task.problems(128, generator_for("held out"), held_out=True)
-        self.progress, self.history = {"step": 0, "skipped_in_a_row": 0}, []
-        if resume:
-            self.progress = load_checkpoint(folder, self.tensors)
-            step, lines = self.progress["step"], self.log.read_text().splitlines()
-            short = f"{self.log} lacks lines; expected the {step} up to the checkpoint"
-            expect(len(lines) >= step, short)
-            self.history = [json.loads(line) for line in lines[:step]]
-        self.write(folder / "config.json", json.dumps(flags, indent=2) + "\n")
-        self.write(self.log, "".join(json.dumps(row) + "\n" for row in self.history))
-        if not resume:
-            self.save()
 
-    def write(self, path: Path, text: str) -> None:
-        if self.world.rank == 0:
-            write_atomically(path, lambda partial: partial.write_text(text))
+def answer(model, task, rl: RLConfig, problems: list, temperature: float) -> list[str]:
+    """The training model's own responses; the same samples for the same model in every call."""
+    device = model.routers[0].weight.device
+    tokens, attend = task.prompts(problems)
+    rollout = pr2_mini.generate(
+        model,
+        tokens.to(device),
+        rl.max_new_tokens,
+        eos=rl.eos,
+        pad=rl.pad,
+        attend=attend.to(device),
+        temperature=temperature,
+        generator=generator_for("answers", RANK, device=device),
+    )
+    return task.decode(rollout.tokens[:, rollout.prompt_length :])
 
-    def save(self) -> None:
-        save_checkpoint(self.folder, self.tensors, self.progress, self.world.rank)
 
-    def respond(self, problems: list[str], temperature: float = 0.0) -> list[str]:
-        """The model's responses; the same samples in every call."""
-        options = {"eos": self.config.eos, "pad": self.config.pad, "temperature": temperature}
-        options |= {"generator": generator_for(0, device=self.world.device)}
-        prompts = self.task.prompts(problems).to(self.world.device)
-        length, gather = self.config.max_new_tokens, self.world.gather
-        rollout = generate(self.model, prompts, length, gather=gather, **options)
-        return self.task.decode(rollout.tokens[:, rollout.prompt_length :])
+def evaluate(model, task, rl: RLConfig) -> dict[str, float]:
+    """Accuracy of the training model on problems that are never trained on, shared out over the
+    processes: sampled as in training, and greedy."""
+    problems = task.problems(EVALUATED, generator_for("held out"), held_out=True)
+    mine = problems[RANK::PROCESSES]
+    metrics = {}
+    for name, temperature in (("held_out_accuracy", 1.0), ("greedy_accuracy", 0.0)):
+        right = task.rewards(mine, answer(model, task, rl, mine, temperature)).sum()
+        metrics[name] = float(pr2_mini.mean_over_processes(right)) * PROCESSES / EVALUATED
+    return metrics
 
-    def show(self, title: str) -> None:
-        """Three sampled answers: greedy ones are mostly right before RL too."""
-        problems = self.held_out[:3]
-        for problem, text in zip(problems, self.respond(problems, 1.0), strict=True):
-            verdict = "right" if self.task.rewards([problem], [text]).item() else "wrong"
-            print(f"{title:<16} {problem}{' '.join(text.split())}  {verdict}")
 
-    def batch(self) -> tuple:
-        """This process's share of the next prompts, and what else `collect` asks for."""
-        config, world, key = self.config, self.world, (self.flags["seed"], self.progress["step"])
-        for model in (self.model, self.engine) if world.mesh is not None else ():
-            model.reshard()  # FSDP2 leaves what is outside the blocks whole after a forward pass
-        problems = self.task.problems(config.prompts, generator_for("prompts", *key))
-        prompts = self.task.prompts(problems).to(world.device)
-        rows = torch.arange(len(problems)).view(config.mini_steps, world.count, -1)
-        mine = rows[:, world.rank].flatten()
-        asked = [problems[row] for row in mine for _ in range(config.samples)]
+def train(
+    settings: Settings, built: tuple, folder: Path, resume: bool, bar: tqdm, alone: bool
+) -> list[dict]:
+    """A whole run of what `build_task` has built, in a folder that is claimed; returns the rows of
+    metrics.jsonl. A run that stands alone, not in a comparison, ends with a report."""
+    # Build.
+    task, config, rl = built
+    device, mesh = open_device(settings.device, sharded=bool(settings.checkpoint))
+    if RANK == 0 and not resume:
+        prepare_folder(folder)
+    model, engine = build_model(settings, config, task, resume, device, mesh)
+    optimizer = pr2_mini.make_optimizer(model, rl)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    tensors = tensors_of(model, optimizer)
+    examples = showcase(task)
+    log = folder / "metrics.jsonl"
 
-        def reward(rollout: pr2_mini.Rollout) -> torch.Tensor:
-            responses = self.task.decode(rollout.tokens[:, rollout.prompt_length :])
-            return self.task.rewards(asked, responses)
+    # Maybe resume.
+    if resume:
+        progress = load_checkpoint(folder, model, tensors)
+        history = read_metrics(log, progress["step"])
+        if len(progress["before"]) != len(examples):
+            raise InputError(f"the newest checkpoint in {folder} is of other examples")
+    else:
+        progress = {"step": 0, "before": answer(model, task, rl, examples, 1.0)}
+        history = []
+    if RANK == 0:  # with the new --steps of a resumed run, without its lines after the checkpoint
+        write_file(folder / "config.json", json.dumps(as_dict(settings), indent=2) + "\n")
+        write_file(log, "".join(json.dumps(row) + "\n" for row in history))
+    if not resume:
+        save_checkpoint(folder, tensors, progress)
 
-        generator = generator_for("samples", *key, world.rank, device=world.device)
-        return prompts[mine], reward, generator, world.gather
-
-    def advance(self) -> dict:
-        """One rollout batch; returns its row of metrics.jsonl."""
-        step, world = self.progress["step"], self.world
+    # Loop.
+    bar.update(len(history))
+    picture = None
+    while len(history) < settings.steps:
+        step = len(history) + 1
         # Ours: Adam's first steps are as large as its rate allows and would scramble the routers.
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * min(1.0, (step + 1) / 10)
-        parts = self.model, self.engine, self.optimizer, self.config
-        metrics = pr2_mini.rl_step(*parts, *self.batch())
-        mine = self.held_out[world.rank :: world.count]
-        right = self.task.rewards(mine, self.respond(mine)).sum().to(world.device)
-        metrics["greedy_accuracy"] = float(world.gather(right).sum()) / len(self.held_out)
-        self.progress["step"] += 1
-        for i in range(1, self.config.mini_steps * self.config.epochs + 1):
-            failed = self.progress["skipped_in_a_row"] + 1 if metrics[f"skipped/{i}"] else 0
-            self.progress["skipped_in_a_row"] = failed
-        row = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
-        row = {"step": step + 1} | row
-        self.history.append(row)
-        if world.rank == 0:
-            with open(self.log, "a") as log:
-                print(json.dumps(row), file=log)
-        # Weights that have begun to fail are not worth keeping: the last good ones stay.
-        if (step + 1) % self.flags["save_every"] == 0 and not self.progress["skipped_in_a_row"]:
-            self.save()
-        return row
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1.0, step / 10)
+        # This process's share of the prompts of every mini-step.
+        problems = task.problems(rl.prompts, generator_for("prompts", settings.seed, step))
+        rows = torch.arange(rl.prompts).view(rl.mini_steps, PROCESSES, -1)[:, RANK].flatten()
+        mine = [problems[row] for row in rows.tolist()]
+        asked = [problem for problem in mine for _ in range(rl.samples)]
+        tokens, attend = task.prompts(mine)
 
-    def train(self, bar: tqdm) -> int:
-        """Rollout batches until the end, a signal or ten failed updates; returns the exit code."""
-        stop: list[int] = []  # A signal ends the run after the rollout batch that it falls in.
+        def reward(rollout: pr2_mini.Rollout) -> Tensor:
+            responses = task.decode(rollout.tokens[:, rollout.prompt_length :])
+            return task.rewards(asked, responses)  # noqa: B023, called before the next batch
 
-        def on_signal(number: int, frame: object) -> None:
-            if stop:  # the second one at once
-                raise KeyboardInterrupt
-            stop.append(number)
+        if alone and step == settings.steps and importlib.util.find_spec("matplotlib"):
+            picture = record_routes(model, engine, optimizer, rl, task, examples)
+        metrics = pr2_mini.rl_step(
+            model,
+            engine,
+            optimizer,
+            rl,
+            tokens.to(device),
+            reward,
+            generator=generator_for("samples", settings.seed, step, RANK, device=device),
+            attend=attend.to(device),
+        )
+        if step % EVALUATE_EVERY == 0 or step in (1, settings.steps):
+            metrics.update(evaluate(model, task, rl))
+        row = {"step": step}
+        for name, value in metrics.items():
+            row[name] = value if math.isfinite(value) else None
+        history.append(row)
+        if RANK == 0:
+            with writing(log), open(log, "a") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        # A checkpoint is worth keeping only while updates succeed.
+        progress["step"] = step
+        if not skipped(row) and (step % settings.save_every == 0 or step == settings.steps):
+            save_checkpoint(folder, tensors, progress)
+        bar.set_postfix(bar_text(history), refresh=False)
+        bar.update()
+    if alone:
+        bar.close()
+        report(settings, folder, model, task, rl, history, examples, progress["before"], picture)
+    return history
 
-        before = {name: signal.signal(name, on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
-        stopped, progress = 0, self.progress
-        while progress["step"] < self.flags["steps"] and progress["skipped_in_a_row"] < 10:
-            row = self.advance()
-            live = {"reward": f"{row['reward']:.2f}"}
-            live["agreement"] = f"{100 * row['agreement']:.1f}%"
-            live["largest_ratio"] = f"{ratio(row['log_ratio_max']):.2g}"
-            if total := sum(row["skipped"] for row in self.history):
-                live["skipped"] = total
-            bar.set_postfix(live, refresh=False)
-            bar.update()
-            here = torch.tensor(stop[0] if stop else 0, device=self.world.device)
-            if stopped := int(self.world.gather(here).max()):
-                break
-        for name, handler in before.items():
-            signal.signal(name, handler)
-        again = f"repeat the command with --resume {self.folder} (a comparison as it was)"
-        if (failed := progress["skipped_in_a_row"]) >= 10:
-            print(
-                f"stopped: the loss or gradient of {failed} updates in a row was not finite; the "
-                f"last good checkpoint is kept. Lower --learning-rate, or look into it: {again}",
-                file=sys.stderr,
-            )
-            return 1
-        if failed == 0:
-            self.save()
-        if stopped:
-            print(f"stopped after step {progress['step']}; to go on, {again}")
-        return 128 + stopped if stopped else 0
 
-    def report(self) -> None:
-        """What a reader wants to know at the end; a trained checkpoint is saved."""
-        self.show("after RL")
-        summarise(self.history, self.config)
-        print(f"wrote            {self.log}")
-        if self.flags["checkpoint"]:
-            options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-            values = dcp_state.get_model_state_dict(self.model, options=options)
-            path = self.folder / f"model-{self.progress['step']}"
-            if self.world.rank == 0 and not path.exists():
-                whole = pr2_mini.empty_model(self.model.config, torch.bfloat16, "cpu")
-                whole.load_state_dict(values)
-                whole.source = Path(self.flags["checkpoint"])
-                whole.save_pretrained(path)
-            print(f"wrote            {path}")
-        if plot := pyplot():
-            routes = self.routes()
-            if self.world.rank == 0:
-                draw_run(plot, self.history, *routes, self.folder)
+def showcase(task) -> list:
+    """Eight different held-out problems, the same before and after RL."""
+    drawn = task.problems(64, generator_for("showcase"), held_out=True)
+    return list(dict.fromkeys(drawn))[:8]
 
-    def routes(self) -> tuple[list[str], torch.Tensor]:
-        """A response and its routes, for a picture, as the last mini-step of one more batch finds
-        them: what is saved stays as it is."""
-        model, optimizer, config, batch = self.model, self.optimizer, self.config, self.batch()
-        V = pr2_mini.aim(model, optimizer) if config.method == "pr2-cf" else None
-        mini_steps, _ = pr2_mini.collect(model, self.engine, config, *batch)
-        for i, batches in enumerate((mini_steps * config.epochs)[:-1], 1):
-            pr2_mini.mini_step(model, optimizer, config, batches, i, V, self.world.gather)
-        return watch(model, config, mini_steps[-1][0], self.task)
+
+def skipped(row: dict) -> int:
+    """How many updates of a rollout batch were not finite and were skipped."""
+    return int(sum(value for name, value in row.items() if name.startswith("skipped/")))
+
+
+def mini_steps(row: dict, name: str) -> list[float | None]:
+    """The values of a metric at mini-steps 1, 2, ... of a rollout batch; None where it is none."""
+    kappa = sum(key.startswith("agreement/") for key in row)
+    return [row.get(f"{name}/{i}") for i in range(1, kappa + 1)]
+
+
+def largest_ratio(row: dict) -> float:
+    """The largest pi_theta / pi_old, or its inverse, of a rollout batch."""
+    values = [value for value in mini_steps(row, "log_ratio_max") if value is not None]
+    return math.exp(min(max(values, default=math.inf), 700.0))
+
+
+def bar_text(history: list[dict]) -> dict[str, str]:
+    row = history[-1]
+    kappa = len(mini_steps(row, "agreement"))
+    text = {
+        "reward": f"{mean_of([row], 'reward'):.2f}",
+        "agreement": f"{100 * mean_of([row], f'agreement/{kappa}'):.1f}%",
+        "largest_ratio": f"{largest_ratio(row):.2g}",
+    }
+    total = sum(skipped(row) for row in history)
+    if total:
+        text["skipped"] = str(total)
+    return text
+
+
+# ------------------------------------------------------------------- 7. What a run tells its reader
+def mean_of(rows: list[dict], name: str) -> float:
+    """The mean over those rows that have a number there."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return statistics.fmean(values) if values else math.nan
+
+
+def report(settings, folder, model, task, rl, history, examples, before, picture) -> None:
+    """The eight problems before and after, the numbers that README.md explains, and the files."""
+    after = answer(model, task, rl, examples, 1.0)
+    exported = export(settings, folder, model, len(history)) if settings.checkpoint else None
+    states = None if picture is None else route_states(model, rl, task, picture)
+    if RANK > 0:
+        return
+    print(f"\n{'held-out problem':<24} {'before RL':<32} after RL")
+    right = {}
+    for column, responses in (("before", before), ("after", after)):
+        right[column] = task.rewards(examples, responses).tolist()
+    for number, problem in enumerate(examples):
+        cells = []
+        for column, responses in (("before", before), ("after", after)):
+            verdict = "right" if right[column][number] else "wrong"
+            cells.append(f"{' '.join(responses[number].split())[-24:]:<24} {verdict:<7}")
+        print(f"{' '.join(task.text(problem).split())[-24:]:<24} {''.join(cells)}")
+    for column in ("before", "after"):
+        print(f"right {column:<10} {sum(right[column]):.0f} of {len(examples)}")
+    first = history[:10]
+    last = history[-10:]
+    for name in ("reward", "held_out_accuracy", "greedy_accuracy", "entropy", "truncated"):
+        print(f"{name:<17} {mean_of(first, name):.3f} -> {mean_of(last, name):.3f}")
+    for i in range(1, rl.mini_steps + 1):
+        shares = []
+        for name in ("agreement", "stale_agreement", "no_deviation", "stale_no_deviation"):
+            shares.append(f"{100 * mean_of(history, f'{name}/{i}'):.2f}")
+        slots, stale_slots, sets, stale_sets = shares
+        print(
+            f"agreement/{i:<7} {slots} % of slots (stale replay {stale_slots} %), "
+            f"{sets} % of sets (stale replay {stale_sets} %)"
+        )
+    print(f"largest ratio     {max(map(largest_ratio, history)):.3g}")
+    print(
+        f"engine mismatch   {100 * mean_of(history, 'mismatch_route'):.2f} % of sets, "
+        f"{100 * mean_of(history, 'mismatch_token'):.2f} % of tokens in some layer, "
+        f"mean |log mu_old - log pi_old| {mean_of(history, 'mismatch_logprob'):.4f}"
+    )
+    phases = ("seconds_rollout", "seconds_old_pass", "seconds_update")
+    spent = ", ".join(f"{name[8:]} {mean_of(history, name):.3f}" for name in phases)
+    print(f"seconds per step  {spent}")
+    print(f"wrote             {folder / 'metrics.jsonl'}")
+    if exported is not None:
+        print(f"wrote             {exported}")
+    plot = pyplot()
+    if plot is not None:
+        draw_run(plot, history, states, folder / "run.png")
+        print(f"wrote             {folder / 'run.png'}")
+
+
+def export(settings: Settings, folder: Path, model: MoETransformer, step: int) -> Path:
+    """The trained checkpoint as a Hugging Face folder, in bfloat16, with its tokenizer."""
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp_state.get_model_state_dict(model, options=options)
+    path = folder / f"model-{step}"
+    if RANK == 0 and not path.exists():
+        partial = folder / "model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        whole = pr2_mini.empty_model(model.config, "cpu").to(torch.bfloat16)
+        for router in whole.routers:
+            router.float()
+        whole.load_state_dict(weights)
+        whole.hf_configs = pr2_mini.read_hf_configs(Path(settings.checkpoint))
+        transformers = pr2_mini.import_transformers()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.checkpoint)
+        with writing(path):
+            whole.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            partial.rename(path)
+    return path
+
+
+def record_routes(model, engine, optimizer, rl: RLConfig, task, problems: list) -> pr2_mini.Batch:
+    """Before the last rollout batch: responses to some problems with the route that is recorded
+    for use after its kappa updates, and the stale one. Leaves the run as it was."""
+    i = rl.mini_steps + 1
+    device = model.routers[0].weight.device
+    fits = [router.drift_fit.clone() for router in model.routers]
+    if rl.predicts and rl.predictor == "momentum":
+        pr2_mini.set_momentum_predictor(model, optimizer)
+    pr2_mini.synchronise(engine, model, rl.rollout_dtype)
+    tokens, attend = task.prompts(problems)
+    rollout = pr2_mini.generate(
+        engine,
+        tokens.to(device),
+        rl.max_new_tokens,
+        eos=rl.eos,
+        pad=rl.pad,
+        attend=attend.to(device),
+        temperature=rl.temperature,
+        horizon=rl.horizon(i) if rl.method == "pr2" else None,
+        generator=generator_for("picture", device=device),
+    )
+    rows = torch.arange(len(problems))
+    advantages = torch.zeros(len(problems), device=device)
+    generator = generator_for("picture", device=device)
+    batch, _ = pr2_mini.old_pass(model, rl, rollout, advantages, rows, i, generator)
+    for router, fit in zip(model.routers, fits, strict=True):
+        router.drift_fit.copy_(fit)
+    return batch
+
+
+STATES = {  # of a set after the last update, and its colour in the picture
+    "recorded set is still the current one": "#E5E5E5",
+    "prediction caught what stale replay would have missed": "#0072B2",
+    "stale replay was right, the recorded set is not": "#E69F00",
+    "both miss": "#000000",
+}
 
 
 @torch.no_grad()
-def watch(
-    model: MoETransformer, config: RLConfig, batch: pr2_mini.Slice, task: AdditionTask
-) -> tuple[list[str], torch.Tensor]:
-    """A response of a micro-batch, 40 tokens at most, and the state (L, tokens) of its routes.
-
-    0: the replayed set is the current one, and so is the one without prediction; 1: only the
-    replayed one is; 2: only the one without prediction is; 3: neither.
-    """
-    forward = (model, *batch[:3], config.temperature)
-    _, trace = pr2_mini.response_logprobs(*forward, replay=batch.replay)
+def route_states(model, rl: RLConfig, task, batch: pr2_mini.Batch) -> tuple[list[str], Tensor]:
+    """The tokens of the picture, 48 at most, and (L, tokens) numbers of STATES."""
+    replay = None if rl.method in ("grpo", "gspo") else batch.recorded
+    _, trace = pr2_mini.response_logprobs(model, batch, rl.temperature, replay=replay)
     logits = pr2_mini.at_response(trace.logits, batch.mask)
-    current, k = pr2_mini.best(logits, batch.engine), batch.engine.shape[-1]
-    routes = batch.reference, batch.engine
-    replayed, unpredicted = (pr2_mini.shared(route, current) == k for route in routes)
-    states = torch.where(replayed, 1 - unpredicted.int(), 3 - unpredicted.int())
-    lengths = batch.mask.sum(1).tolist()
-    by_response = states.split(lengths, 1)
-    row = max(range(len(lengths)), key=lambda r: int((by_response[r] % 2).sum()))
-    tokens = batch.tokens[row][-batch.mask.shape[1] :][batch.mask[row]]
-    return task.decode(tokens[:40, None]), by_response[row][:, :40].cpu()
+    k = batch.stale.shape[-1]
+    current = logits.topk(k).indices
+    recorded = pr2_mini.overlap(pr2_mini.at_response(batch.recorded, batch.mask), current) == k
+    stale = pr2_mini.overlap(batch.stale, current) == k
+    states = torch.where(recorded, (~stale).int(), 3 - stale.int())
+    tokens = batch.tokens[:, -batch.mask.shape[1] :][batch.mask]
+    return task.decode(tokens[:48, None]), states[:, :48].cpu()
 
 
-def ratio(log_ratio: float | None) -> float:
-    return math.exp(min(log_ratio, 700)) if log_ratio is not None else math.inf
-
-
-def summarise(history: list[dict], config: RLConfig) -> None:
-    """Prints what a reader wants to know first; README.md explains every line."""
-
-    def mean(name: str, rows: list[dict]) -> float:
-        return statistics.fmean(row[name] for row in rows if row.get(name) is not None)
-
-    first, last = history[:10], history[-10:]
-    for name in ("reward", "greedy_accuracy", "entropy"):
-        print(f"{name:<16} {mean(name, first):.3f} -> {mean(name, last):.3f}")
-    for i in range(1, config.mini_steps * config.epochs + 1):
-        print(
-            f"agreement/{i:<6} {100 * mean(f'agreement/{i}', history):6.2f} % of slots "
-            f"(stale replay {100 * mean(f'stale_agreement/{i}', history):6.2f} %), "
-            f"{100 * mean(f'no_deviation/{i}', history):6.2f} % of sets "
-            f"(stale replay {100 * mean(f'stale_no_deviation/{i}', history):6.2f} %)"
-        )
-    largest = max(row["log_ratio_max"] for row in history if row["log_ratio_max"] is not None)
-    average = mean("log_ratio_mean", history)
-    print(f"largest ratio    {ratio(largest):.3g}, mean |log ratio| {average:.4f}")
-    print(
-        f"engine mismatch  {100 * mean('mismatch_route', history):.2f} % of routes, "
-        f"{100 * mean('mismatch_token', history):.2f} % of tokens in some layer, "
-        f"mean |log mu_old - log pi_old| {mean('mismatch_logprob', history):.4f}"
-    )
-    seconds = [f"{name} {mean(f'seconds_{name}', history):.3f}" for name in pr2_mini.PHASES]
-    print(f"seconds per step {', '.join(seconds)}")
-
-
-def memory(config: ModelConfig, rl: RLConfig, trained: str, processes: int) -> dict[str, float]:
-    """Most bytes that each kind of thing takes on one of the processes of a `--checkpoint` run
-    (ours), with prompts of 64 tokens and responses that all have full length."""
-    model, sizes = pr2_mini.empty_model(config, torch.float32, "meta"), defaultdict(float)
-    learning = trainable(trained, model)
-    for name, p in model.named_parameters():
-        whole = ".router." in name
-        bytes_here = p.nbytes / (1 if whole else processes)
-        sizes["weights, float32"] += bytes_here
-        sizes["gradients"] += bytes_here if name in learning else 0
-        sizes["AdamW"] += 2 * bytes_here if name in learning else 0
-        halved = rl.rollout_dtype != "fp32" and not whole
-        sizes["rollout engine"] += bytes_here / (2 if halved else 1)
-    layers, L, D = config.num_hidden_layers, len(model.routers), config.hidden_size
-    N, k, width = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
-    query, key = config.num_attention_heads * config.head_dim, model.blocks[0].attention.widths[1]
-    rows, C = rl.prompts * rl.samples // processes, rl.max_new_tokens
-    positions = rows * (64 + C - 1)
-    tokens = min(rl.micro_tokens or positions, positions // rl.mini_steps)
-    block = 2 * (D * (2 * query + 2 * key) + 3 * N * D * width)  # bytes in bfloat16
-    sizes["two blocks, embedding and head, gathered"] = 2 * block + 4 * config.vocab_size * D
-    sizes["keys and values"] = (
-        (4 if rl.rollout_dtype == "fp32" else 2) * positions * 2 * layers * key
-    )
-    # Bytes per token that one block saves for backward, fitted to what torch reports; every other
-    # block keeps its input and router logits.
-    saved = 22 * D + 14 * (query + key) + k * (4 * D + 8 * width + 41) + 4 * N
-    sizes["activations"] = tokens * (saved + layers * 2 * D + L * 8 * N + 7 * D)
-    sizes["logits"] = 3 * 4 * min(tokens, 8192) * config.vocab_size
-    sizes["routes"] = positions * L * k * (1 if N <= 256 else 2)
-    cached = rows * min(rl.cached_positions or C, C)
-    sizes["cached features"] = cached * L * (2 * D + 4 * N) if rl.predicts else 0
-    return dict(sizes)
-
-
-def print_memory(given: dict) -> None:
-    flags = settings(given)
-    expect(flags["checkpoint"], "--memory needs --checkpoint; the toy fits everywhere")
-    expect(given["memory"] > 0, f"--memory is {given['memory']}; expected a number of processes")
-    _, model_config, config = configurations(flags)
-    needs = memory(model_config, config, flags["trainable"], given["memory"])
-    needs["all, if all were at their most at once"] = sum(needs.values())
-    for name, size in needs.items():
-        print(f"{size / 1e9:8.2f} GB  {name}")
-
-
-# ------------------------------------------------------------------------ Comparison and figures
-
-T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 1 to 9
-
-
+# ------------------------------------------------------------------------------- 8. Comparison
 def parse_variant(text: str) -> dict:
-    """ "pr2:alpha=0.3,loss=delta" -> {"method": "pr2", "alpha": 0.3, "predictor_loss": "delta"}."""
+    """ "pr2:alpha=0.3,predictor=momentum" -> the settings that it changes."""
     method, _, changes = text.partition(":")
-    flags = {"method": method}
+    values = {"method": method}
+    types = {field.name: field.type for field in SETTINGS}
     for change in filter(None, changes.split(",")):
         name, _, value = change.partition("=")
         name = name.replace("-", "_")
-        name = {"loss": "predictor_loss", "clip": "clip_multiplier"}.get(name, name)
-        known = name in FLAGS and name not in ONLY_ONCE | {"method", "seed", "steps", "base_dir"}
-        expect(known, f'variant "{text}" changes "{name}", which is not a setting; see --help')
+        if name not in types or name in ("method", "seed", "steps", "base_dir"):
+            raise InputError(f'variant "{text}" changes "{name}", which is no setting of a variant')
+        convert = str if typing.get_args(types[name]) else types[name]
         try:
-            flags[name] = type(FLAGS[name][0])(value)
-        except ValueError:
-            raise ValueError(f'variant "{text}" gives {name} the bad value "{value}"') from None
-    return flags
+            values[name] = convert(value)
+        except ValueError as error:
+            raise InputError(f'variant "{text}" gives {name} the bad value "{value}"') from error
+    return values
 
 
-def summary(history: list[dict]) -> dict[str, float]:
-    """One number per column, from one run; "name/i" belongs to mini-step i, in %. Of the deviating
-    slots that the rollout engine's own top-k would have had there, "removed" is the share that is
-    not there, "excess_removed" the same over those that are there at mini-step 1 already."""
-    settled = history[10:] or history  # the learning rate rises over the first ten batches
-    mean = {}
-    for name in history[0]:
-        values = [row[name] for row in settled if row.get(name) is not None]
-        mean[name] = statistics.fmean(values) if values else math.nan
-    columns = {"reward at the last rollout": history[-1]["reward"]}
-    columns["of the last ten"] = statistics.fmean(row["reward"] for row in history[-10:])
-    columns["greedy accuracy"] = history[-1]["greedy_accuracy"]
-    columns |= {n: 100 * mean[n] for n in mean if re.search("(agreement|deviation.*)/", n)}
-    for i in range(2, 1 + sum(name.startswith("agreement/") for name in mean)):
-        engine, first = columns[f"engine_agreement/{i}"], columns["engine_agreement/1"]
-        gained = columns[f"gained/{i}"] = columns[f"agreement/{i}"] - engine
-        excess = first - engine  # a share of less than a quarter of a point would be noise
-        for name, of in (("removed", 100 - engine), ("excess_removed", excess * (excess > 0.25))):
-            columns[f"{name}/{i}"] = 100 * gained / of if of > 0 else math.nan
-    columns |= {"coverage gap": mean["coverage_gap"], "KL": mean["approx_kl"]}
-    columns |= {"clipfrac": mean["clipfrac_low"] + mean["clipfrac_high"]}
-    largest = max(ratio(row["log_ratio_max"]) for row in settled)
-    columns |= {"log10 of the largest ratio": math.log10(largest)}  # seeds differ by factors
-    columns |= {"mismatch": mean["mismatch_logprob"], "route mismatch": mean["mismatch_route"]}
-    columns |= {"token mismatch": mean["mismatch_token"]}
-    times = [sum(row[f"seconds_{phase}"] for phase in pr2_mini.PHASES) for row in settled]
-    return columns | {"seconds a step": statistics.median(times)}
+def digest(value: object) -> str:
+    """A name for a folder that is another one for any other value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def interval(values: list[float], base: list[float] | None) -> tuple[float, float]:
-    """Mean over seeds, and half the 95 % interval of it or of its paired difference to `base`."""
-    pairs = values if base is None else [a - b for a, b in zip(values, base, strict=True)]
-    n, finite = len(pairs), math.isfinite(sum(pairs))
-    spread = statistics.stdev(pairs) if n > 1 and finite else math.nan
-    return statistics.fmean(values), T95[min(max(n - 1, 1), 9) - 1] * spread / math.sqrt(n)
-
-
-def compare(given: dict, variants: list[str]) -> int:
-    """Trains every variant on every seed; writes the table, compare.json and the figure."""
-    variants, first = variants or list(pr2_mini.METHODS), given.get("seed", 0)
-    seeds, out = given.pop("seeds", FLAGS["seeds"][0]), given.pop("out", "")
-    changed = [f"{name}={value}" for name, value in sorted(given.items()) if name != "seed"]
-    out = Path(out or "runs/" + re.sub(r"[^\w.=-]", "-", "-".join(["compare", *changed])))
-    expect(seeds > 0, f"--seeds is {seeds}; expected at least 1")
-    expect("resume" not in given, "--compare resumes by itself; repeat it without --resume")
-    expect("memory" not in given, "--memory and --compare are two commands")
-    expect("method" not in given, "--compare takes methods as variants, not as --method")
-    for variant in variants:
-        expect(variants.count(variant) == 1, f"--compare names {variant} twice")
+def compare(given: dict, variants: list[str], seeds: int, out: str) -> int:
+    """Trains every variant on every seed from the same base models and prompts; writes the table,
+    compare.json and the figure. Finished runs are kept, others are gone on with."""
+    if PROCESSES > 1:
+        raise InputError("--compare runs in one process; start it without torchrun")
+    if "method" in given or seeds < 1:
+        raise InputError(
+            "--compare takes methods as variants, not as --method, and --seeds above 0"
+        )
+    variants = variants or list(typing.get_args(RLConfig.__annotations__["method"]))
+    first = given.get("seed", 0)
     runs = {}
     for seed in range(first, first + seeds):
         for variant in variants:
-            flags = settings({"steps": 60} | given | parse_variant(variant) | {"seed": seed})
-            configurations(flags)
-            Processes(flags["device"], sharded=False)
-            folder = out / re.sub(r"[^\w.=,-]", "-", f"seed{seed}-{variant}")
-            same = not (folder / "config.json").exists() or read_config(folder) == flags
-            expect(same, f"{folder} holds a run with other settings; choose another --out")
-            runs[variant, seed] = folder, flags
-    histories, kept = {variant: [] for variant in variants}, 0
-    with tqdm(total=sum(flags["steps"] for _, flags in runs.values()), desc="compare") as bar:
-        for (variant, seed), (folder, flags) in runs.items():
-            bar.set_description(f"{variant}, seed {seed}")
-            log = folder / "metrics.jsonl"
-            if log.exists() and len(log.read_text().splitlines()) == flags["steps"]:
-                bar.update(flags["steps"])
-                kept += 1
-            else:
-                if (folder / "config.json").exists():
-                    shutil.rmtree(folder)  # a run that was killed
-                if code := Run(flags, folder).train(bar):
-                    if code == 1:
-                        print(f"without {variant} the comparison goes on", file=sys.stderr)
-                    return code
-            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-            histories[variant].append([json.loads(line) for line in log.read_text().splitlines()])
-    columns = {variant: list(map(summary, runs)) for variant, runs in histories.items()}
-    table = {variant: {} for variant in variants}
-    for variant in variants:
-        for name in columns[variant][0]:
-            base = [run.get(name) for run in columns[variants[0]]]
-            own = name.startswith(("gained", "removed", "excess"))  # a difference in itself
-            paired = variant != variants[0] and None not in base and not own
-            values = [run[name] for run in columns[variant]]
-            table[variant][name] = interval(values, base if paired else None)
-    result = {"flags": given, "seeds": seeds, "table": table, "runs": columns}
-    valid = json.loads(json.dumps(result), parse_constant={"Infinity": "inf"}.get)  # NaN is null
-    text = json.dumps(valid, indent=1) + "\n"
-    write_atomically(out / "compare.json", lambda partial: partial.write_text(text))
-    print_table(table, seeds)
-    again = f", {kept} runs as found: after a change of code choose another --out" if kept else ""
-    print(f"wrote            {out / 'compare.json'}{again}")
-    draw_comparison(table, histories, out)
+            values = {"steps": 60, **given, **parse_variant(variant), "seed": seed}
+            settings = make_settings(values, f'variant "{variant}"')
+            build_task(settings)
+            name = f"{settings.method}-seed{seed}-{digest(as_dict(settings))}"
+            if name in [other for other, _ in runs.values()]:
+                raise InputError(f"--compare names {variant} twice")
+            runs[variant, seed] = (name, settings)
+    folder = Path(out or f"runs/compare-{digest([given, variants, seeds])}")
+    with claim(folder):
+        histories = {variant: [] for variant in variants}
+        with tqdm(total=sum(settings.steps for _, settings in runs.values())) as bar:
+            for (variant, _), (name, settings) in runs.items():
+                bar.set_description(name)
+                histories[variant].append(run_of_comparison(settings, folder / name, bar))
+        columns = {variant: [summary(run) for run in runs] for variant, runs in histories.items()}
+        table = table_of(columns)
+        result = {"given": given, "seeds": seeds, "table": table, "runs": columns}
+        write_file(folder / "compare.json", json.dumps(result, indent=1) + "\n")
+        print_table(table, seeds)
+        print(f"wrote             {folder / 'compare.json'}")
+        plot = pyplot()
+        if plot is not None:
+            draw_comparison(plot, table, histories, folder / "compare.png")
+            print(f"wrote             {folder / 'compare.png'}")
     return 0
 
 
+def run_of_comparison(settings: Settings, folder: Path, bar: tqdm) -> list[dict]:
+    """A run's rows. A finished one has metrics and, to save space, no checkpoint."""
+    log = folder / "metrics.jsonl"
+    unfinished = (folder / "checkpoint" / "latest").exists()
+    if not unfinished and log.exists() and log.stat().st_size > 0:
+        bar.update(settings.steps)
+        return read_metrics(log, settings.steps)
+    with claim(folder):
+        history = train(settings, build_task(settings), folder, unfinished, bar, alone=False)
+        (folder / "checkpoint" / "latest").unlink()  # finished, from here on
+        shutil.rmtree(folder / "checkpoint")
+    return history
+
+
+def summary(history: list[dict]) -> dict[str, float | None]:
+    """A number a column for one run; "name/i" in % at mini-step i, over batches 11 and later, when
+    the learning rate has risen. Of the deviating slots that stale replay would have had on the same
+    tokens, "removed" is the share that is not there."""
+    settled = history[10:] or history
+    columns = {
+        "reward": mean_of(history[-10:], "reward"),
+        "held-out accuracy": mean_of(history[-1:], "held_out_accuracy"),
+        "greedy accuracy": mean_of(history[-1:], "greedy_accuracy"),
+    }
+    kappa = len(mini_steps(history[0], "agreement"))
+    shares = ("no_deviation", "stale_no_deviation", "agreement", "stale_agreement")
+    for name in (*shares, "deviations_1", "deviations_2", "deviations_3_or_more"):
+        for i in range(1, kappa + 1):
+            columns[f"{name}/{i}"] = 100 * mean_of(settled, f"{name}/{i}")
+    for i in range(2, kappa + 1):
+        deviating = 100 - columns[f"stale_agreement/{i}"]
+        gained = columns[f"agreement/{i}"] - columns[f"stale_agreement/{i}"]
+        columns[f"removed/{i}"] = 100 * gained / deviating if deviating > 0 else math.nan
+    columns["KL"] = mean_of(settled, f"approx_kl/{kappa}")
+    cut = mean_of(settled, f"clipfrac_low/{kappa}") + mean_of(settled, f"clipfrac_high/{kappa}")
+    columns["clipfrac"] = cut
+    columns["log10 largest ratio"] = math.log10(max(map(largest_ratio, settled)))
+    columns["mismatch_logprob"] = mean_of(settled, "mismatch_logprob")
+    columns["mismatch_route"] = 100 * mean_of(settled, "mismatch_route")
+    columns["mismatch_token"] = 100 * mean_of(settled, "mismatch_token")
+    phases = ("seconds_rollout", "seconds_old_pass", "seconds_update")
+    columns["seconds a step"] = sum(mean_of(settled, name) for name in phases)
+    columns["skipped updates"] = sum(skipped(row) for row in history)
+    return {name: value if math.isfinite(value) else None for name, value in columns.items()}
+
+
+def interval(values: list[float]) -> float | None:
+    """Half the 95 % interval of the mean, by Student's t."""
+    if len(values) < 2:
+        return None
+    t95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # 1 to 9 degrees of freedom
+    freedom = len(values) - 1
+    t = t95[freedom - 1] if freedom <= 9 else 1.96 + 2.5 / freedom
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def table_of(columns: dict[str, list[dict]]) -> dict[str, dict[str, list]]:
+    """variant -> column -> [mean over seeds, half a 95 % interval]: of the paired difference to the
+    first variant, and of the mean itself for that one and for "removed", a difference already."""
+    base = next(iter(columns.values()))
+    table = {}
+    for variant, runs in columns.items():
+        table[variant] = {}
+        for name in runs[0]:
+            values = [run[name] for run in runs]
+            others = [run.get(name) for run in base]
+            if None in values:
+                table[variant][name] = [None, None]
+            elif runs is base or name.startswith("removed") or None in others:
+                table[variant][name] = [statistics.fmean(values), interval(values)]
+            else:
+                paired = [value - other for value, other in zip(values, others, strict=True)]
+                table[variant][name] = [statistics.fmean(values), interval(paired)]
+    return table
+
+
 def print_table(table: dict, seeds: int) -> None:
-    """A Markdown table: mean ± half a 95 % interval."""
-    print(f"\n{seeds} seeds; ± half a 95 % interval of the paired difference to the first row, or")
-    print("of the mean: in that row, in the removed shares, and where it has no such mini-step.")
-    print("no_deviation, removed and excess_removed: in %, a value for every mini-step.")
+    """A Markdown table; a column with mini-steps has a value for each of them."""
+    print(f"\n{seeds} seeds; ± is half a 95 % interval: of the paired difference to the first row,")
+    print("and in that row, and for removed, of the mean. Shares in %, at mini-steps 1, 2, ...")
+    hidden = ("agreement", "stale_agreement", "deviations_")
     names = [name.partition("/")[0] for columns in table.values() for name in columns]
-    shown = [n for n in dict.fromkeys(names) if not re.search("agreement|engine|ions_|gained", n)]
-    print("| variant | " + " | ".join(shown) + " |\n|" + " --- |" * (len(shown) + 1))
+    shown = [name for name in dict.fromkeys(names) if not name.startswith(hidden)]
+    print("| variant | " + " | ".join(shown) + " |")
+    print("|" + " --- |" * (len(shown) + 1))
     for variant, columns in table.items():
         cells = {name: [] for name in shown}
         for name, (mean, width) in columns.items():
-            cell = f"{mean:.3g}" + (f" ± {width:.2g}" if seeds > 1 else "")
-            cell = "n/a" if math.isnan(mean) else cell
-            cells.get(name.partition("/")[0], []).append(cell)
-        print(f"| {variant} | " + " | ".join(map(", ".join, cells.values())) + " |")
+            text = "n/a" if mean is None else f"{mean:.3g}"
+            text += "" if width is None else f" ± {width:.2g}"
+            if name.partition("/")[0] in cells:
+                cells[name.partition("/")[0]].append(text)
+        print(f"| {variant} | " + " | ".join(", ".join(cell) for cell in cells.values()) + " |")
+
+
+# ---------------------------------------------------------------------------------- 9. Figures
+COLOURS = ["#000000", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"]
 
 
 def pyplot():
@@ -873,112 +1084,98 @@ def pyplot():
     try:
         import matplotlib.pyplot as plot
     except ImportError:
-        print("no figure         pip install matplotlib draws one, for this command run again")
+        print("no figure         pip install matplotlib draws one")
         return None
     plot.switch_backend("Agg")
-    plot.rcParams.update({"font.size": 9, "savefig.dpi": 100, "svg.hashsalt": "pr2"})
-    plot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # tokens may be any bytes
+    plot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     return plot
 
 
-STATES = {
-    "replayed set is still the current one": "#E5E5E5",
-    "prediction caught what stale replay would have missed": "#0072B2",
-    "stale replay was right, prediction is not": "#E69F00",
-    "both miss": "#000000",
-}
+def curve(history: list[dict], name: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
+    """Where a run has a number of that name, and the numbers."""
+    rows = [row for row in history if row.get(name) is not None]
+    return [row["step"] for row in rows], [scale * row[name] for row in rows]
 
 
-def draw_run(plot, history: list[dict], tokens: list[str], states: torch.Tensor, out: Path) -> None:
-    """run.png: reward and agreement over the run, and the routes of one response."""
+def draw_run(plot, history: list[dict], states, path: Path) -> None:
+    """run.png: reward, agreement and, of a run that was not resumed at its end, the routes."""
     figure = plot.figure(figsize=(9, 5.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[3, 2])
-    (reward, agreement), grid = top.subplots(1, 2), bottom.subplots()
-    last = sum(name.startswith("agreement/") for name in history[0])
+    reward, agreement = top.subplots(1, 2)
+    last = len(mini_steps(history[0], "agreement"))
     curves = [
-        (reward, "reward", 1, "#0072B2", "-", "sampled"),
-        (reward, "greedy_accuracy", 1, "#999999", "--", "greedy, held out"),
-        (agreement, f"agreement/{last}", 100, "#D55E00", "-", f"replayed, mini-step {last}"),
+        (reward, "reward", 1, "#0072B2", "-", "sampled, training"),
+        (reward, "held_out_accuracy", 1, "#D55E00", ".-", "sampled, held out"),
+        (reward, "greedy_accuracy", 1, "#999999", ".--", "greedy, held out"),
+        (agreement, f"agreement/{last}", 100, "#D55E00", "-", f"recorded, mini-step {last}"),
         (agreement, f"stale_agreement/{last}", 100, "#000000", ":", "stale replay there"),
     ]
     for axes, name, scale, colour, line, label in curves:
-        values = [scale * row[name] for row in history]
-        axes.plot(range(1, 1 + len(values)), values, line, color=colour, label=label, linewidth=1)
+        x, y = curve(history, name, scale)
+        axes.plot(x, y, line, color=colour, label=label, linewidth=1)
         axes.legend(frameon=False)
-    reward.set(title="Reward", xlabel="rollout batch")
-    agreement.set(title="Replayed experts that are still current, %", xlabel="rollout batch")
+    reward.set(title="Share of right answers", xlabel="rollout batch")
+    agreement.set(title="Recorded experts that are still current, %", xlabel="rollout batch")
+    if states is not None:
+        draw_routes(plot, bottom, *states)
+    figure.savefig(path)
+    plot.close(figure)
+
+
+def draw_routes(plot, figure, tokens: list[str], states: Tensor) -> None:
+    """Layers down, the tokens of some responses across, a colour for each of STATES."""
+    grid = figure.subplots()
     colours = plot.matplotlib.colors.ListedColormap(list(STATES.values()))
-    cells = {"cmap": colours, "vmin": 0, "vmax": 3, "edgecolors": "white", "linewidth": 2}
-    grid.pcolormesh(states.tolist(), **cells)
-    grid.set(title="The response with most drift at the last mini-step", ylabel="layer")
-    grid.set_xticks(
-        [i + 0.5 for i in range(len(tokens))], tokens, fontfamily="monospace", parse_math=False
-    )
-    grid.set_yticks([i + 0.5 for i in range(len(states))], range(1, 1 + len(states)))
+    grid.pcolormesh(states.tolist(), cmap=colours, vmin=0, vmax=3, edgecolors="white", linewidth=2)
+    grid.set(title="Routes after the last rollout batch's updates", ylabel="layer")
+    ticks = [place + 0.5 for place in range(len(tokens))]
+    grid.set_xticks(ticks, tokens, fontfamily="monospace", parse_math=False)
+    grid.set_yticks([layer + 0.5 for layer in range(len(states))], range(1, 1 + len(states)))
     grid.invert_yaxis()
     grid.tick_params(length=0)
-    patches = [plot.matplotlib.patches.Patch(color=c, label=name) for name, c in STATES.items()]
-    bottom.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(out / "run.png")
-    plot.close(figure)
-    print(f"wrote            {out / 'run.png'}")
+    patches = []
+    for name, colour in STATES.items():
+        patches.append(plot.matplotlib.patches.Patch(color=colour, label=name))
+    figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False)
 
 
-COLOURS = ["#000000", "#999999", "#56B4E9", "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7"]
-
-
-def draw_comparison(table: dict, histories: dict[str, list[list[dict]]], out: Path) -> None:
-    """compare.png and compare.svg: reward, agreement, largest ratio, deviations by variant."""
-    if not (plot := pyplot()):
-        return
+def draw_comparison(plot, table: dict, histories: dict[str, list[list[dict]]], path: Path) -> None:
+    """compare.png: reward, held-out accuracy, agreement by mini-step, and the largest ratio."""
     figure, axes = plot.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
-    (reward, agreement), (largest, bars) = axes
-    methods = set(histories) <= set(pr2_mini.METHODS)  # each has its colour in all such figures
-    for place, (variant, runs) in enumerate(histories.items()):
-        number = pr2_mini.METHODS.index(variant) if methods else place
-        mean = {name: value for name, (value, _) in table[variant].items()}
-        style = {"color": COLOURS[number % 8], "linestyle": "-" if number < 8 else "--"}
-        marker = style | {"marker": "osv^DPX*"[number % 8], "markersize": 5}
-        batches = list(zip(*runs, strict=True))  # the rows of all seeds
-        raw = [statistics.fmean(row["reward"] for row in rows) for rows in batches]
-        smooth = [statistics.fmean(raw[max(0, i - 4) : i + 1]) for i in range(len(raw))]
-        sparse = marker | {"markevery": (number % 8, 8), "linewidth": 1}
-        reward.plot(range(1, 1 + len(smooth)), smooth, **sparse)
-        peaks = [max(ratio(row["log_ratio_max"]) for row in rows) for rows in batches]
-        largest.semilogy(range(1, 1 + len(peaks)), peaks, **sparse)
-        x = range(1, 1 + sum(name.startswith("agreement/") for name in mean))
-        agreement.plot(x, [mean[f"agreement/{i}"] for i in x], **marker)
-        engine = [mean[f"engine_agreement/{i}"] for i in x]
-        agreement.plot(x, engine, ":", color=style["color"], linewidth=1)
-        end, hatch = 0, "" if number < 8 else "//"
-        for name, opacity in (("1", 1), ("2", 0.6), ("3_or_more", 0.3)):
-            height = mean[f"deviations_{name}/{x[-1]}"]
-            look = {"color": style["color"], "alpha": opacity, "hatch": hatch}
-            bars.barh(place, height, left=end, edgecolor="white", **look)
-            end += height
-        bars.plot(end, place, clip_on=False, **marker)
-        unpredicted = 100 - mean[f"engine_no_deviation/{x[-1]}"]
-        bars.plot(unpredicted, place, "|", color="black", markersize=14)
-    reward.set(title="Reward (mean of 5 batches)", xlabel="rollout batch")
-    largest.set(title="Largest PPO ratio of a batch, of any seed", xlabel="rollout batch")
-    agreement.set(title="Replayed experts that are still current, %")
-    agreement.set_xlabel("mini-step i; dotted: without prediction")
+    (reward, held_out), (agreement, largest) = axes
+    for number, (variant, runs) in enumerate(histories.items()):
+        look = {"color": COLOURS[number % 8], "marker": "osv^DPX*"[number % 8], "linewidth": 1}
+        for panel, name, smooth in ((reward, "reward", 10), (held_out, "held_out_accuracy", 1)):
+            x, _ = curve(runs[0], name)
+            over_seeds = [curve(run, name)[1] for run in runs]
+            means = [statistics.fmean(values) for values in zip(*over_seeds, strict=True)]
+            y = [statistics.fmean(means[max(0, j - smooth + 1) : j + 1]) for j in range(len(means))]
+            panel.plot(x, y, label=variant, markevery=max(1, len(x) // 8), markersize=4, **look)
+        kappa = len(mini_steps(runs[0][0], "agreement"))
+        x = range(1, kappa + 1)
+        y = [table[variant][f"agreement/{i}"][0] for i in x]
+        agreement.plot(x, y, markersize=5, **look)
+        stale = [table[variant][f"stale_agreement/{i}"][0] for i in x]
+        agreement.plot(x, stale, ":", color=look["color"], linewidth=1)
+        peaks = [max(largest_ratio(row) for row in rows) for rows in zip(*runs, strict=True)]
+        steps = range(1, 1 + len(peaks))
+        largest.semilogy(steps, peaks, markevery=max(1, len(peaks) // 8), markersize=4, **look)
+    reward.set(title="Sampled reward (mean of 10 batches)", xlabel="rollout batch")
+    held_out.set(title="Held-out accuracy, training engine", xlabel="rollout batch")
+    agreement.set(title="Recorded experts that are still current, %")
+    agreement.set_xlabel("mini-step; dotted: stale counterfactual")
     agreement.xaxis.get_major_locator().set_params(integer=True)
-    bars.set(title="Deviating sets at the last mini-step, %")
-    bars.set_xlabel("paler: 2, more experts; line: no prediction")
-    bars.set_yticks(range(len(histories)), histories)
-    bars.invert_yaxis()
-    for kind in ("png", "svg"):
-        figure.savefig(out / f"compare.{kind}")
+    largest.set(title="Largest PPO ratio of any seed", xlabel="rollout batch")
+    reward.legend(frameon=False)
+    figure.savefig(path, dpi=100)
     plot.close(figure)
-    print(f"wrote            {out / 'compare.png'}, compare.svg")
 
 
-# --------------------------------------------------------------------------------- Benchmark
-
-
-def timed(calls: list[Callable], rounds: int) -> list[list[float]]:
-    """Milliseconds of every call, in turn, so that a slow spell of the machine hits all alike."""
+# -------------------------------------------------------------------------------- 10. Benchmark
+def milliseconds(calls: list[Callable], rounds: int) -> list[list[float]]:
+    """Of every call, in turn, so that a slow spell of the machine hits all alike; the first round
+    only warms up."""
     taken = [[] for _ in calls]
     for _ in range(rounds + 1):
         for call, times in zip(calls, taken, strict=True):
@@ -986,150 +1183,147 @@ def timed(calls: list[Callable], rounds: int) -> list[list[float]]:
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - start))
-    return [times[1:] for times in taken]  # the first round warms up
+            times.append(1000 * (time.perf_counter() - start))
+    return [times[1:] for times in taken]
 
 
-def middle(values: list[float], digits: int = 0) -> str:
-    """Median, and the order statistics that enclose the true one with a confidence of 95 %."""
-    values, n = sorted(values), len(values)
-    low = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
-    shown = [f"{v:.{digits}f}" for v in (statistics.median(values), values[low], values[~low])]
-    return "{} ({} to {})".format(*shown)
-
-
-def print_row(*cells: object, head: bool = False) -> None:
-    row = "| " + " | ".join(map(str, cells)) + " |"
-    print(f"\n{row}\n|" + " --- |" * len(cells) if head else row)
-
-
-def benchmark(given: dict, rounds: int = 40) -> int:
-    """Prints where a step's time goes and how it grows, and the ratios to transformers."""
-    expect(not ONLY_ONCE & given.keys(), "--benchmark goes with the settings of a run only")
-    flags = settings(given)
-    task, shape, rl = configurations(flags)
-    device = Processes(flags["device"], sharded=False).device
-    print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads; medians")
-    print("and their 95 % intervals; random weights, every response at its full length")
-    problems = task.problems(rl.prompts, torch.Generator().manual_seed(flags["seed"]))
-    prompts, steps, runs = task.prompts(problems).to(device), [], {}
-    for method in ("grpo", "pr2", "pr2-cf"):
-        config, model = dataclasses.replace(rl, method=method, eos=-1), MoETransformer(shape)
-        engine = pr2_mini.rollout_engine(model.to(device), config.rollout_dtype)
-        state = model, engine, pr2_mini.make_optimizer(model, config), config, prompts
-        step = functools.partial(pr2_mini.rl_step, *state, lambda r: r.tokens.sum(1).float())
-        runs[method] = []
-        steps.append(lambda step=step, run=runs[method]: run.append(step()))
-    whole = timed(steps, rounds)
-    print_row("RL step, ms", *pr2_mini.PHASES, "whole", "over grpo, %", "tokens/s", head=True)
-    for (method, run), taken in zip(runs.items(), whole, strict=True):
-        phases = [[1e3 * row[f"seconds_{p}"] for row in run[1:]] for p in pr2_mini.PHASES]
-        over = [100 * (a / b - 1) for a, b in zip(taken, whole[0], strict=True)]
-        tokens = 1e3 * rl.prompts * rl.samples * task.response_length / statistics.median(taken)
-        print_row(method, *map(middle, [*phases, taken]), middle(over, 1), round(tokens))
-
-    def training(rows: int = 256, **changes) -> Callable:
-        model = MoETransformer(dataclasses.replace(shape, **changes)).to(device)
-        ids = torch.randint(shape.vocab_size, (rows, task.prompt_length), device=device)
-        return lambda: F.cross_entropy(model(ids)[0].flatten(0, 1), ids.flatten()).backward()
-
-    curves = {"sequences": {rows: training(rows) for rows in (128, 256, 512, 1024)}}
-    curves["k"] = {k: training(num_experts_per_tok=k) for k in (1, 2, 4, 8)}
-    curves["N"] = {N: training(num_experts=N) for N in (8, 16, 32, 64, 128)}
-    for name, curve in curves.items():
-        print_row(name, *curve, head=True)
-        print_row("forward and backward, ms", *map(middle, timed(list(curve.values()), rounds)))
-    against_transformers(device, rounds // 2)
+def benchmark(settings: Settings, rounds: int = 20) -> int:
+    """Prints the phases of an RL step for GRPO and PR2, and training and generation beside
+    transformers, if that is installed: medians."""
+    task, config, rl = build_task(settings)
+    device, _ = open_device(settings.device, sharded=False)
+    print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, medians")
+    problems = task.problems(rl.prompts, generator_for("benchmark"))
+    tokens, _ = task.prompts(problems)
+    steps = []
+    rows = {}
+    for method, predictor in (("grpo", "learned"), ("pr2", "learned"), ("pr2", "momentum")):
+        settings = dataclasses.replace(rl, method=method, predictor=predictor, eos=-1)
+        model = MoETransformer(config).to(device)
+        step = functools.partial(
+            pr2_mini.rl_step,
+            model,
+            pr2_mini.rollout_engine(model, rl.rollout_dtype),
+            pr2_mini.make_optimizer(model, settings),
+            settings,
+            tokens.to(device),
+            lambda rollout: rollout.tokens.sum(1).float(),
+        )
+        name = f"{method}, {predictor}" if method == "pr2" else method
+        rows[name] = []
+        steps.append(lambda step=step, kept=rows[name]: kept.append(step()))
+    taken = milliseconds(steps, rounds)
+    print("\n| RL step, ms | rollout | old pass | update | whole | over grpo |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for (name, kept), times in zip(rows.items(), taken, strict=True):
+        phases = []
+        for phase in ("seconds_rollout", "seconds_old_pass", "seconds_update"):
+            phases.append(f"{1000 * statistics.median(row[phase] for row in kept[1:]):.0f}")
+        over = statistics.median(a / b for a, b in zip(times, taken[0], strict=True))
+        whole = statistics.median(times)
+        print(f"| {name} | {' | '.join(phases)} | {whole:.0f} | {100 * (over - 1):+.1f} % |")
+    if importlib.util.find_spec("transformers"):
+        beside_transformers(device, rounds)
     return 0
 
 
-def against_transformers(device: torch.device, rounds: int) -> None:
-    """Training steps and sampling, beside the faster of transformers' two implementations."""
+def beside_transformers(device: torch.device, rounds: int) -> None:
+    """A training step of 512 x 28 tokens and 512 x 16 sampled ones, top-2 of 16 experts."""
+    transformers = pr2_mini.import_transformers()
+    config = ModelConfig(32, moe_intermediate_size=64, num_experts=16, num_experts_per_tok=2)
+    model = MoETransformer(config).to(device)
+    hf_config = pr2_mini.hf_config_of(config)
+    peer = transformers.Qwen3MoeForCausalLM._from_config(
+        hf_config, experts_implementation="grouped_mm"
+    ).to(device)
+    ids = torch.randint(2, 32, (512, 28), device=device)
+    prompts = ids[:64, :12]
+
+    def train_on(logits: Tensor) -> None:
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+
+    def sample_theirs() -> None:
+        peer.generate(prompts, do_sample=True, num_return_sequences=8, max_new_tokens=16)
+
+    calls = [
+        lambda: train_on(model(ids)[0]),
+        lambda: train_on(peer(input_ids=ids, use_cache=False).logits),
+        lambda: pr2_mini.generate(model, prompts, 16, eos=-1, pad=0, samples=8),
+        sample_theirs,
+    ]
+    taken = milliseconds(calls, rounds)
+    print(f"\n| transformers {transformers.__version__} | pr2_mini, ms | theirs, ms | ratio |")
+    print("| --- | --- | --- | --- |")
+    for name, own, other in (("training step", 0, 1), ("generation", 2, 3)):
+        ratio = statistics.median(b / a for a, b in zip(taken[own], taken[other], strict=True))
+        ours = statistics.median(taken[own])
+        theirs = statistics.median(taken[other])
+        print(f"| {name} | {ours:.0f} | {theirs:.0f} | {ratio:.2f} |")
+
+
+# ------------------------------------------------------------------------------------ 11. Main
+def run(given: dict, out: str, resume: str) -> int:
+    """A single run, new or resumed; returns the exit code."""
+    if resume:
+        folder = Path(resume)
+        saved = read_json(folder / "config.json")
+        for name, value in given.items():
+            if name not in MAY_CHANGE and saved.get(name) != value:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} {value} contradicts {folder}, {saved.get(name)}")
+        settings = make_settings({**saved, **given}, str(folder / "config.json"))
+        missing = {field.name for field in SETTINGS} - saved.keys()
+        if missing:
+            raise InputError(f"{folder / 'config.json'} lacks {min(missing)}")
+    else:
+        settings = make_settings(given, "the command line")
+        if PROCESSES > 1 and not out:
+            raise InputError("torchrun needs --out, one folder for all processes")
+        unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        folder = Path(out or f"runs/{settings.method}-seed{settings.seed}-{unique}")
+    built = build_task(settings)  # refuses what does not fit before anything is written
+    title = f"RL with {settings.method}"
     try:
-        import transformers
-    except ImportError:
-        return print("\nno ratios to transformers: pip install transformers")
-    shape = ModelConfig(32, moe_intermediate_size=64, num_experts=16, num_experts_per_tok=2)
-    model, ids = MoETransformer(shape).to(device), torch.randint(2, 32, (512, 28), device=device)
-    prompts, C, G = ids[:64, :12], 16, 8
-    forwards = [lambda: model(ids)[0]]
-    writers = [lambda: generate(model, prompts, C, eos=-1, pad=0, samples=G)]
-    options = {"do_sample": True, "num_return_sequences": G, "max_new_tokens": C}
-    config = json.loads(json.dumps(pr2_mini.config_json(model)))
-    for kind in ("eager", "grouped_mm"):
-        peer = transformers.Qwen3MoeForCausalLM._from_config(
-            transformers.Qwen3MoeConfig.from_dict(config), experts_implementation=kind
-        ).to(device)
-        forwards.append(lambda peer=peer: peer(input_ids=ids, use_cache=False).logits)
-        writers.append(functools.partial(peer.generate, prompts, **options))
-
-    def train_on(forward: Callable) -> None:
-        F.cross_entropy(forward()[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-
-    trainers = [functools.partial(train_on, forward) for forward in forwards]
-    version = f"transformers {transformers.__version__}"
-    print_row(version, "pr2_mini, ms", "theirs, ms", "ratio", head=True)
-    rows = {"training step": trainers, "generation": writers}
-    if shutil.which("c++"):  # which torch.compile needs on a CPU
-        compiled = torch.compile(model)
-        fast = functools.partial(train_on, lambda: compiled(ids)[0])
-        rows["training step, ours with torch.compile"] = [fast, *trainers[1:]]
-    for name, calls in rows.items():
-        own, *theirs = timed(calls, rounds)
-        best = min(theirs, key=statistics.median)
-        ratios = [b / a for a, b in zip(own, best, strict=True)]
-        print_row(name, middle(own), middle(best), middle(ratios, 2))
+        with claim(folder), tqdm(total=settings.steps, desc=title, disable=RANK > 0) as bar:
+            history = train(settings, built, folder, bool(resume), bar, alone=True)
+    except KeyboardInterrupt:
+        begun = (folder / "checkpoint" / "latest").exists()
+        words = f"to go on: --resume {folder}" if begun else "it had no checkpoint yet"
+        print(f"\nstopped; {words}", file=sys.stderr)
+        return 130
+    total = sum(skipped(row) for row in history)
+    if total:
+        print(f"{total} updates were not finite and were skipped", file=sys.stderr)
+    if skipped(history[-1]):
+        kept = (folder / "checkpoint" / "latest").read_text()
+        print(f"the last update was skipped too; the checkpoint kept is {kept}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def main(arguments: list[str]) -> int:
-    if Processes.rank > 0:
+    if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
+    actions, given = parse(arguments)
     try:
-        given, variants = parse(arguments)
-        alone = Processes.count == 1
-        if given.pop("benchmark", False):
-            expect(variants is None, "--benchmark and --compare are two commands")
-            return benchmark(given)
-        if variants is not None:
-            expect(alone, "--compare runs in one process; start it without torchrun")
-            return compare(given, variants)
-        expect("seeds" not in given, "--seeds belongs to --compare; a single run has a --seed")
-        if "memory" in given:
-            print_memory(given)
-            return 0
-        if "resume" in given:
-            folder = Path(given.pop("resume"))
-            run = Run(resumed(given, folder), folder, resume=True)
-        else:
-            expect(alone or "out" in given, "torchrun needs --out, a folder for all processes")
-            flags = settings(given)
-            new = Path("runs") / (time.strftime("%Y%m%d-%H%M%S-") + flags["method"])
-            run = Run(flags, Path(given.get("out") or new))
-            print(f"base model       {run.origin}")
-        step, method = run.progress["step"], run.config.method
-        run.show(f"at step {step}" if step else "before RL")
-        options = {"total": run.flags["steps"], "initial": step, "disable": Processes.rank > 0}
-        with tqdm(desc=f"RL with {method}", **options) as bar:
-            code = run.train(bar)
-        if code == 0:
-            run.report()
-        return code
-    except (ValueError, OSError) as error:
-        # All processes find the same fault in flags and files; one word is enough.
-        if Processes.rank == 0 or dist.is_initialized():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if "by peer" not in str(error):  # gloo's word where another process has gone
-            raise
-        print(f"process {Processes.rank} stops because another has", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped at once; what was checkpointed before is kept", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
+        if actions.benchmark:
+            if given.get("checkpoint"):
+                raise InputError("--benchmark times the toy; leave out --checkpoint")
+            return benchmark(make_settings(given, "the command line"))
+        if actions.compare is not None:
+            if actions.resume:
+                raise InputError("--compare goes on by itself; repeat it without --resume")
+            return compare(given, actions.compare, actions.seeds, actions.out)
+        code = run(given, actions.out, actions.resume)
+        if dist.is_initialized():  # not after an error: it would wait for processes that go on
             dist.destroy_process_group()
+        return code
+    except InputError as error:  # nothing else is: a bug keeps its traceback
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; a comparison goes on when its command is repeated", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
