@@ -26,7 +26,7 @@ stores them, (N, D), so p = h W reads F.linear(h, weight).
   rho              softmax(p), the routing distribution                                 N
   h_old, p_old     h and p in the training engine with theta_old                        D; N
   W_p, b = h W_p   evolution predictor; the change of the logits that it predicts       N
-  m                horizon: the prediction is p + m b; the paper's m is always 1
+  m                horizon, a factor on b: the prediction is p + m b; in the paper always 1
   rho_hat          softmax(p + m b), the predictive routing distribution                N
   I, I_hat         TopK(rho), TopK(rho_hat): expert set, predicted expert set           k
   kappa, i         mini-steps: updates, each on its own piece of the batch; i = 1..kappa
@@ -39,17 +39,17 @@ Which experts run in which pass, and what weighs them. Sections 3 and 5 are this
   pr2-trainer        top-k of rho        top-k of rho_hat, recorded     replay of the old pass
   r3                 top-k of rho        replay of the rollout          replay of the rollout
   pr2                top-k of rho_hat    replay of the rollout          replay of the rollout
-  weights of the     softmax that         rho of that pass               rho of that pass
-  experts            picked them
+  weights of the     rho, of that pass;   rho of that pass               rho of that pass
+  experts            under pr2 rho_hat
 The old pass is a forward pass of the training engine before any update. PPO's ratio is against its
-pi_old, since mu_old comes from an engine that rounds and, under pr2, weighs by rho_hat.
+pi_old, since mu_old comes from an engine that may round and, under pr2, weighs by rho_hat.
 Our pr2 is what the paper's abstract describes and its appendix C.2 calls Pr3: r3 with prediction.
 Our pr2-trainer is the paper's main method Pr2, as its authors run it: r2 with prediction.
 
 A *deviation* is one of the k replayed experts of one token in one layer that the current router
-would not choose. The *stale counterfactual* asks, for the same tokens of the same run, how many
-there would be had the top-k of p_old been replayed in that layer: two runs drift apart, and could
-not be compared token by token.
+would not choose. The *stale counterfactual* asks how many deviations there would be if the top-k of
+p_old had been replayed in that layer. It is measured on the same tokens of the same run: two runs
+drift apart and could not be compared token by token.
 
 Sections 1, 3, 4 and 5 are the method; 2 is the transformer around it; 6 measures; 7 is a predictor
 of ours, 8 the toy task, 9 real checkpoints.
@@ -334,8 +334,9 @@ class MoETransformer(nn.Module):
     """Decoder-only MoE transformer of the Qwen3-MoE family.
 
     The route is an argument and a result, never a mode (ours; production code keeps a global
-    registry with record and replay switches): given replay=trace.experts, forward repeats bit for
-    bit the pass that returned the trace, under activation checkpointing and compilation too."""
+    registry with record and replay switches): given replay=trace.experts and else the same
+    arguments, forward repeats bit for bit the pass that returned the trace, under activation
+    checkpointing and compilation too."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -658,6 +659,8 @@ class RLConfig:
             if get_origin(field.type) is Literal and value not in get_args(field.type):
                 expected = ", ".join(get_args(field.type))
                 raise InputError(f'{field.name} is "{value}"; expected one of {expected}')
+        if self.temperature <= 0 or self.mini_steps < 1:
+            raise InputError("expected a temperature above 0 and at least one mini-step")
 
     @property
     def clip(self) -> tuple[float, float]:
@@ -767,7 +770,7 @@ def old_pass(model, config, rollout, advantages, rows, i, generator) -> tuple[Ba
     draws = torch.rand(p_old.shape[1], generator=generator, device=p_old.device)
     batch.cached = draws < config.cached_share
     h_old = at_response(trace.inputs, batch.mask) if config.predicts else None
-    if i > 1:  # Mini-step 1 finds the routers as they are here: no change to learn from.
+    if i > 1:  # Mini-step 1 finds the routers unmoved: it would only teach W_p to predict 0.
         batch.old_logits = p_old[:, batch.cached]
         batch.inputs = h_old[:, batch.cached] if config.predicts else None
 
@@ -884,7 +887,7 @@ def rl_step(
                 )
                 sums["predictor_loss"] += prediction_loss.detach() / cached / len(model.blocks)
                 if momentum:
-                    # At gain 1, which is what is to be fitted.
+                    # Without the gain, since the gain is what is fitted.
                     predicted = config.horizon(i) * (batch.inputs.float() @ velocity.mT)
                     fit_momentum_predictor(model, predicted, drifted - batch.old_logits)
                 else:
@@ -948,7 +951,7 @@ def average_gradients(parameters: list[Tensor]) -> None:
     """Over processes, but for the gradients of sharded parameters: FSDP has averaged those."""
     for parameter in parameters:
         if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
-            parameter.grad = mean_over_processes(parameter.grad)
+            parameter.grad = mean_over_processes(parameter.grad).to(parameter.dtype)
 
 
 def gradient_norm(parameters: list[Tensor]) -> Tensor:
@@ -958,9 +961,10 @@ def gradient_norm(parameters: list[Tensor]) -> Tensor:
 
 
 # ------------------------------------------------------------------------- 6. What is measured
-# Nothing here is needed by an update. measure and measure_engines return sums over the n response
-# tokens; what is seen in every layer is averaged over layers first. rl_step itself adds the losses,
-# log_ratio_max (the largest absolute log-ratio), grad_norm before clipping and skipped updates.
+# No update needs what is measured here. measure and measure_engines return sums over the n response
+# tokens, which rl_step divides by n: every metric is a mean per token; what is seen in every layer
+# is averaged over layers first. rl_step itself adds the losses, log_ratio_max (the largest absolute
+# log-ratio), grad_norm before clipping, skipped updates and seconds (the old pass with rewards).
 def overlap(route: Tensor, other: Tensor) -> Tensor:
     """(..., k), (..., k) -> (...), how many experts two sets have in common, in any order."""
     return (route.unsqueeze(-1) == other.unsqueeze(-2)).sum((-1, -2))
@@ -980,7 +984,7 @@ def measure(batch: Batch, log_ratio, loss_log_ratio, router_logits, config) -> d
     by_layer = {
         "agreement": same / k,  # slots without deviation
         "no_deviation": same == k,  # sets without deviation
-        "stale_agreement": stale_same / k,  # the same had the top-k of p_old been replayed
+        "stale_agreement": stale_same / k,  # as agreement, if the top-k of p_old had been replayed
         "stale_no_deviation": stale_same == k,
         "deviations_1": same == k - 1,  # sets with so many deviations
         "deviations_2": same == k - 2,
@@ -989,7 +993,7 @@ def measure(batch: Batch, log_ratio, loss_log_ratio, router_logits, config) -> d
     }
     if batch.old_logits is not None:
         # KL(rho_theta || rho_old), of the cached tokens in place of all n. The metric
-        # predictor_loss, of "post", is the same with rho_hat in place of rho_old.
+        # predictor_loss, of "post", is the same with today's rho_hat in place of rho_old.
         moved = kl_divergence(router_logits[:, batch.cached], batch.old_logits)
         by_layer["stale_kl"] = moved / batch.cached.float().mean().clamp(min=1e-9)
     sums = {name: values.float().mean(0).sum() for name, values in by_layer.items()}
@@ -1049,9 +1053,10 @@ def averages(sums: dict[str, Tensor]) -> dict[str, float]:
 def set_momentum_predictor(model: MoETransformer, optimizer, forget: float = 0.85) -> Tensor:
     """Sets W_p = gain V in every router; returns V (L, N, D).
 
-    The gain of a layer, 0 at first and at most 1, is the least-squares ratio of the two,
-    <drift, prediction> / <prediction, prediction> over past batches, forgotten by and by. Where
-    the drift does not follow the momentum it goes to 0, and the method to plain replay."""
+    The gain of a layer, 0 at first and at most 1, is the least-squares ratio of the drift that came
+    to the prediction at gain 1, <drift, prediction> / <prediction, prediction> over past batches,
+    forgotten by and by. Where drift does not follow momentum it goes to 0, and the method to plain
+    replay."""
     group = optimizer.param_groups[1]
     beta1, beta2 = group["betas"]
     velocities = []
@@ -1290,10 +1295,10 @@ def load_pretrained(path: Path, dtype: torch.dtype, device) -> MoETransformer:
     ours = model.state_dict()
     for name in ours:
         found = weights.get(hf_name(name))
-        if found is None:  # W_p of a checkpoint that has none, and drift_fit
-            found = torch.zeros(ours[name].shape)
-        if not found.isfinite().all():
-            raise InputError(f"{hf_name(name)} in {path} is not finite")
+        if found is None and name.endswith(("predictor.weight", "drift_fit")):
+            found = torch.zeros(ours[name].shape)  # of a checkpoint that was not trained here
+        if found is None or found.shape != ours[name].shape or not found.isfinite().all():
+            raise InputError(f"{hf_name(name)} in {path} is missing, misshapen or not finite")
         ours[name] = found
     model.load_state_dict(ours, assign=True)
     if config.tie_word_embeddings:
@@ -1305,7 +1310,7 @@ def load_pretrained(path: Path, dtype: torch.dtype, device) -> MoETransformer:
 @torch.no_grad()
 def save_pretrained(model: MoETransformer, path: Path, horizon: float | None) -> None:
     """Writes a new folder, all of it or nothing. Given a horizon m the router on disk is W + m W_p,
-    float32: any engine that loads it routes and weighs as `forward(horizon=m)` does here."""
+    float32: any engine that keeps it so routes and weighs as `forward(horizon=m)` does here."""
     transformers = import_transformers()
     from safetensors.torch import save_file
 

@@ -3,7 +3,7 @@
     python train_toy.py                            # warm-up (cached) and RL, minutes on a laptop
     python train_toy.py --method r3 --seed 1       # another method, another seed
     python train_toy.py --resume runs/NAME         # go on with a run that was stopped or killed
-    python train_toy.py --compare r3 pr2 pr2:alpha=0.3,predictor=momentum       # side by side
+    python train_toy.py --compare r3 pr2:alpha=0.3 pr2:predictor=momentum       # side by side
     python train_toy.py --checkpoint OLMoE-1B-7B --data train.jsonl             # a real checkpoint
     torchrun --nproc-per-node 8 train_toy.py --checkpoint DIR --data FILE --out runs/NAME
 
