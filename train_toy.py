@@ -222,9 +222,13 @@ def claim(folder: Path) -> Iterator[None]:
         raise InputError(f"cannot write the folder {folder}: {error.strerror}") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # on a file system without locks another one than BlockingIOError
+        os.close(handle)
+        taken = isinstance(error, BlockingIOError)
+        reason = "belongs to a run that is still going; wait for it" if taken else error.strerror
+        raise InputError(f"{folder} {reason}") from None
+    try:
         yield
-    except BlockingIOError:
-        raise InputError(f"{folder} belongs to a run that is still going; wait for it") from None
     finally:
         os.close(handle)
 
@@ -631,11 +635,11 @@ def build_model(settings: Settings, config: ModelConfig, task, resume: bool, dev
     return model, engine
 
 
-def answer(model, task, rl: RLConfig, problems: list, temperature: float) -> list[str]:
-    """The training model's own responses; the same samples for the same model in every call."""
+def respond(model, task, rl: RLConfig, problems: list, temperature: float, *key, horizon=None):
+    """A Rollout of one response to each problem, with the random numbers of the key."""
     device = model.routers[0].weight.device
     tokens, attend = task.prompts(problems)
-    rollout = pr2_mini.generate(
+    return pr2_mini.generate(
         model,
         tokens.to(device),
         rl.max_new_tokens,
@@ -643,8 +647,14 @@ def answer(model, task, rl: RLConfig, problems: list, temperature: float) -> lis
         pad=rl.pad,
         attend=attend.to(device),
         temperature=temperature,
-        generator=generator_for("answers", RANK, device=device),
+        horizon=horizon,
+        generator=generator_for(*key, device=device),
     )
+
+
+def answer(model, task, rl: RLConfig, problems: list, temperature: float) -> list[str]:
+    """The training model's own responses; the same samples for the same model in every call."""
+    rollout = respond(model, task, rl, problems, temperature, "answers", RANK)
     return task.decode(rollout.tokens[:, rollout.prompt_length :])
 
 
@@ -866,26 +876,15 @@ def record_routes(model, engine, optimizer, rl: RLConfig, task, problems: list) 
     """Before the last rollout batch: responses to some problems with the route that is recorded
     for use after its kappa updates, and the stale one. Leaves the run as it was."""
     i = rl.mini_steps + 1
-    device = model.routers[0].weight.device
     fits = [router.drift_fit.clone() for router in model.routers]
     if rl.predicts and rl.predictor == "momentum":
         pr2_mini.set_momentum_predictor(model, optimizer)
     pr2_mini.synchronise(engine, model, rl.rollout_dtype)
-    tokens, attend = task.prompts(problems)
-    rollout = pr2_mini.generate(
-        engine,
-        tokens.to(device),
-        rl.max_new_tokens,
-        eos=rl.eos,
-        pad=rl.pad,
-        attend=attend.to(device),
-        temperature=rl.temperature,
-        horizon=rl.horizon(i) if rl.method == "pr2" else None,
-        generator=generator_for("picture", device=device),
-    )
+    horizon = rl.horizon(i) if rl.method == "pr2" else None
+    rollout = respond(engine, task, rl, problems, rl.temperature, "picture", horizon=horizon)
     rows = torch.arange(len(problems))
-    advantages = torch.zeros(len(problems), device=device)
-    generator = generator_for("picture", device=device)
+    advantages = torch.zeros(len(problems), device=rollout.tokens.device)
+    generator = generator_for("picture", device=rollout.tokens.device)
     batch, _ = pr2_mini.old_pass(model, rl, rollout, advantages, rows, i, generator)
     for router, fit in zip(model.routers, fits, strict=True):
         router.drift_fit.copy_(fit)
