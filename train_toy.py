@@ -660,7 +660,7 @@ def answer(model, task, rl: RLConfig, problems: list, temperature: float) -> lis
 
 def evaluate(model, task, rl: RLConfig) -> dict[str, float]:
     """Accuracy of the training model on problems that are never trained on, shared out over the
-    processes: sampled as in training, and greedy."""
+    processes: sampled at temperature 1, and greedy."""
     problems = task.problems(EVALUATED, generator_for("held out"), held_out=True)
     mine = problems[RANK::PROCESSES]
     metrics = {}
