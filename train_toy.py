@@ -116,8 +116,8 @@ def make_settings(values: dict, source: str) -> Settings:
     if values.get("checkpoint"):
         values = {**CHECKPOINT_DEFAULTS, **values}
     settings = Settings(**values)
-    if settings.temperature == 0 or settings.cached_share > 1 or settings.beta1 >= 1:
-        raise InputError("expected a temperature above 0, cached_share up to 1 and beta1 below 1")
+    if settings.cached_share > 1 or settings.beta1 >= 1:
+        raise InputError("expected cached_share up to 1 and beta1 below 1")
     share = settings.mini_steps * PROCESSES
     if settings.prompts % share != 0:
         raise InputError(
@@ -430,10 +430,8 @@ def base_model(config: ModelConfig, task: AdditionTask, settings: Settings, devi
             raise InputError(f"{path} is damaged or of another version; delete it") from error
         print(f"base model       {path}")
         return model
-    try:
+    with writing(path):  # noticed before the warm-up
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write the folder {path.parent}: {error.strerror}") from error
     start = time.perf_counter()
     warm_up(model, task, settings.seed)
     partial = path.with_name(f"{name}.{os.getpid()}.partial")  # others may make the same one
@@ -858,9 +856,7 @@ def export(settings: Settings, folder: Path, model: MoETransformer, step: int) -
     if RANK == 0 and not path.exists():
         partial = folder / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        whole = pr2_mini.empty_model(model.config, "cpu").to(torch.bfloat16)
-        for router in whole.routers:
-            router.float()
+        whole = pr2_mini.rollout_engine(pr2_mini.empty_model(model.config, "cpu"), "bf16")
         whole.load_state_dict(weights)
         whole.hf_configs = pr2_mini.read_hf_configs(Path(settings.checkpoint))
         transformers = pr2_mini.import_transformers()
