@@ -795,7 +795,8 @@ def rl_step(
 ) -> dict[str, float]:
     """One rollout batch: samples it, then trains on it in kappa mini-steps. Returns metrics.
 
-    engine     from `rollout_engine`
+    engine     from `rollout_engine`; or an object whose `rollout(model, prompts, attend, horizon,
+               generator)` returns what `generate` does, as VLLMEngine in train_toy.py
     prompts    (Q, P) int64, left-padded; attend (Q, P) bool as in `generate`
     reward     maps the Rollout to (Q * samples,) floats
     Of several processes each has as many prompts of its own; the metrics are those of all.
@@ -814,23 +815,26 @@ def rl_step(
     # mini-step that will train it, which is known already: they take the prompts in order.
     if momentum:
         velocity = set_momentum_predictor(model, optimizer)
-    synchronise(engine, model, config.rollout_dtype)
     horizon = None
     if config.method == "pr2":
         horizons = [config.horizon(i) for i in range(1, kappa + 1)]
         horizon = torch.tensor(horizons, device=prompts.device).repeat_interleave(Q // kappa)
-    rollout = generate(
-        engine,
-        prompts,
-        config.max_new_tokens,
-        eos=config.eos,
-        pad=config.pad,
-        attend=attend,
-        samples=G,
-        temperature=config.temperature,
-        horizon=horizon,
-        generator=generator,
-    )
+    if isinstance(engine, MoETransformer):
+        synchronise(engine, model, config.rollout_dtype)
+        rollout = generate(
+            engine,
+            prompts,
+            config.max_new_tokens,
+            eos=config.eos,
+            pad=config.pad,
+            attend=attend,
+            samples=G,
+            temperature=config.temperature,
+            horizon=horizon,
+            generator=generator,
+        )
+    else:  # another program, which gets its weights in a way of its own
+        rollout = engine.rollout(model, prompts, attend, horizon, generator)
     clock.append(time.perf_counter())
 
     # Phase 2. Rewards and advantages.

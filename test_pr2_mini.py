@@ -1993,3 +1993,139 @@ def test_job_goes_on_in_one_process_with_moved_files(together, other_tokenizer, 
     assert done.code == 0
     assert f"wrote             {folder / 'model-3'}" in done.output
     assert rows(folder)[:2] == rows(together.folder / "trained")
+
+
+# ---------------------------------------------------------------- 6. vLLM as the rollout engine
+needs_vllm = pytest.mark.skipif(
+    transformers is None or importlib.util.find_spec("vllm") is None,
+    reason="pip install transformers vllm",
+)
+VLLM = "--engine vllm --rollout-dtype fp32 --device cpu --prompts 4 --samples 2"
+
+
+def vllm_checkpoint(kind, folder):
+    """A tiny checkpoint with heads of a size that vLLM has on CPUs."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "vocab_size": 262}
+    sizes.update(rms_norm_eps=1e-5, norm_topk_prob=kind != "olmoe", head_dim=32)
+    hf_model(kind, folder, **sizes)
+
+
+def use_vllm(kind, folder):
+    """What a process of its own, since vLLM changes a process, finds in its rollouts."""
+    vllm_checkpoint(kind, folder / "model")
+    settings = settings_of(f"--checkpoint {folder / 'model'} {VLLM} --max-new-tokens 6")
+    settings.eos = list(range(1, 200, 3))
+    model = load(folder / "model").requires_grad_(True)
+    engine = train_toy.VLLMEngine(settings, model.config)
+    tokens = torch.randint(2, 200, (4, 5), generator=draws())
+    attend = torch.arange(5) >= torch.tensor([[0], [2], [0], [4]])
+    found = {"sets": [], "gaps": [], "lengths": [], "steps": {}}
+    for method in ("grpo", "r3", "pr2", "pr2-trainer"):
+        for router in model.routers:
+            nn.init.zeros_(router.predictor.weight)  # then all engines compute alike
+        config = train_toy.dataclasses.replace(settings, method=method)
+        arguments = (engine, make_optimizer(model, config), config, tokens, share_of_even_tokens)
+        found["steps"][method] = rl_step(model, *arguments, draws(), attend)
+    randomise_predictor(model)
+    for _ in range(3):
+        for horizon in (None, torch.tensor([0.0, 1.0, 0.0, 1.0])):
+            rollout = engine.rollout(model, tokens, attend, horizon, draws())
+            m = None if horizon is None else horizon.repeat_interleave(2)
+            real = rollout.attend[:, :-1]
+            logits, trace = model(rollout.tokens[:, :-1], attend=real, horizon=m)
+            after = rollout.attend[:, 1:] & real  # every token but the last
+            same = overlap(trace.experts, rollout.experts)[:, after] == 2
+            found["sets"].append(same.float().mean().item())
+            log_p = logits[:, 4:].log_softmax(-1)
+            expected = log_p.gather(-1, rollout.tokens[:, 5:, None]).squeeze(-1)
+            written = rollout.attend[:, 5:]
+            gap = (rollout.logprobs - expected.masked_fill(~written, 0.0)).abs().max()
+            found["gaps"].append(gap.item())
+            found["lengths"] += written.sum(1).tolist()
+        for parameter in model.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="session", params=["qwen3_moe", "olmoe", "mixtral"])
+def vllm_found(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    module = Path(__file__).stem
+    call = f"{module}.use_vllm({request.param!r}, {module}.Path({str(folder)!r}))"
+    command = [sys.executable, "-c", f"import {module}; {call}"]
+    done = subprocess.run(command, cwd=HERE, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "found.json").read_text())
+
+
+@needs_vllm
+def test_vllm_rolls_out_as_forward_does_before_and_after_updates_of_its_weights(vllm_found):
+    assert vllm_found["sets"] == [1.0] * 6
+    assert max(vllm_found["gaps"]) < 1e-4
+    assert min(vllm_found["lengths"]) < max(vllm_found["lengths"]) == 6
+
+
+@needs_vllm
+@parametrize("method", ["grpo", "r3", "pr2", "pr2-trainer"])
+def test_rl_step_on_the_routes_of_vllm(method, vllm_found):
+    metrics = vllm_found["steps"][method]
+    assert metrics["mismatch_route"] == 0.0
+    assert metrics["mismatch_logprob"] < 1e-4
+    assert metrics["skipped/2"] == 0.0 and metrics["grad_norm/2"] > 0.0
+
+
+def train_with_vllm(folder, flags):
+    """What each of two processes does: a whole run, and another in which one of them dies."""
+    dist.destroy_process_group = lambda: None  # one group is enough for both
+    assert toy(f"{flags} --out {folder}/whole").code == 0
+    if train_toy.RANK == 1:
+        die_after(pytest.MonkeyPatch(), pr2_mini, "rl_step", call=2)
+    toy(f"{flags} --out {folder}/killed")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@needs_vllm
+@needs_questions
+def test_job_with_vllm_resumes_to_the_same_bits(published, tmp_path):
+    vllm_checkpoint("qwen3_moe", tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    data = published.split()[3]
+    flags = f"--checkpoint {tmp_path / 'model'} --data {data} {VLLM} --max-new-tokens 6 "
+    flags += "--predictor momentum --steps 3 --save-every 1"
+    module = Path(__file__).stem
+    call = f"{module}.train_with_vllm({str(tmp_path)!r}, {flags!r})"
+    done = torchrun("--no-python", sys.executable, "-c", f"import {module}; {call}")
+    assert (tmp_path / "killed").exists(), done.stderr
+    assert newest(tmp_path / "killed") == "step-1"
+    done = torchrun(train_toy.__file__, "--resume", str(tmp_path / "killed"))
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert "mismatch_route" in rows(tmp_path / "whole")[2]
+
+
+@parametrize(
+    ("flags", "message"),
+    [
+        ("--engine vllm", "--engine vllm needs --checkpoint"),
+        ("--engine vllm --checkpoint x --rollout-dtype fp8", "rolls out in fp32 or bf16"),
+        ("--engine vllm --checkpoint x", "pip install vllm"),
+        ("--track wandb", "pip install wandb"),
+    ],
+)
+def test_engine_or_tracker_that_cannot_be_used_is_refused(flags, message, monkeypatch):
+    monkeypatch.setattr(train_toy.importlib.util, "find_spec", lambda name: None)
+    assert message in refusal(flags)
+
+
+@parametrize("package", ["wandb", "trackio"])
+def test_metrics_are_tracked_without_a_network(package, base, tmp_path, monkeypatch):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"pip install {package}")
+    tracked = tmp_path / "tracked"
+    for name in ("HOME", "WANDB_DIR", "TRACKIO_DIR"):
+        monkeypatch.setenv(name, str(tracked))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracked.mkdir()
+    assert toy(f"{base} --track {package} --steps 2 --out {tmp_path / 'run'}").code == 0
+    written = [path.read_bytes() for path in tracked.rglob("*") if path.is_file()]
+    assert any(b"stale_agreement/2" in content for content in written)

@@ -47,7 +47,8 @@ import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -79,7 +80,9 @@ class Settings(RLConfig):
     data: str = ""  # JSON-lines file, each line with a "question" and an "answer"
     system: str = ""  # system prompt for a checkpoint with a chat template
     prompt_length: int = 1024  # longer prompts of --data are left out
+    engine: typing.Literal["built-in", "vllm"] = "built-in"  # samples; vllm needs --checkpoint
     device: str = "auto"  # cpu, cuda or mps; auto is cuda if there is one, else cpu
+    track: typing.Literal["none", "wandb", "trackio"] = "none"  # where metrics go besides a file
     base_dir: str = "base"  # where warmed-up base models are kept
     save_every: int = 20  # rollout batches between checkpoints
 
@@ -92,7 +95,7 @@ CHECKPOINT_DEFAULTS = {
     "rollout_dtype": "bf16",
     "micro_batch": 8,
 }
-MAY_CHANGE = ("steps", "device", "base_dir", "checkpoint", "data")  # when a run is resumed
+MAY_CHANGE = ("steps", "device", "base_dir", "checkpoint", "data", "track")  # when a run is resumed
 AT_LEAST_ONE = ("samples", "mini_steps", "steps", "prompts", "save_every", "prompt_length")
 SETTINGS = [field for field in dataclasses.fields(Settings) if field.name not in ("eos", "pad")]
 
@@ -124,6 +127,13 @@ def make_settings(values: dict, source: str) -> Settings:
             f"{settings.prompts} prompts do not divide into {settings.mini_steps} mini-steps on "
             f"{PROCESSES} processes; expected a multiple of {share}"
         )
+    if settings.engine == "vllm":
+        if not settings.checkpoint or settings.rollout_dtype == "fp8":
+            raise InputError("--engine vllm needs --checkpoint, and rolls out in fp32 or bf16")
+        if importlib.util.find_spec("vllm") is None:
+            raise InputError("--engine vllm needs vLLM: pip install vllm")
+    if settings.track != "none" and importlib.util.find_spec(settings.track) is None:
+        raise InputError(f"--track {settings.track}: pip install {settings.track}")
     if settings.device == "auto":
         settings.device = "cuda" if torch.cuda.is_available() else "cpu"
     return settings
@@ -569,7 +579,159 @@ def end_tokens(folder: Path, tokenizer) -> list[int]:
     return sorted(set(ends))
 
 
-# ----------------------------------------------------------------------------------- 6. Training
+# ---------------------------------------------------------------- 6. vLLM as the rollout engine
+class VLLMEngine:
+    """Rollouts by vLLM, in this process; of several processes each has an engine of its own. The
+    weights go into the running engine before each rollout batch, under pr2 with W + m W_p as the
+    routers, so that what vLLM takes for its own top-k is the predicted set. Run with vLLM 0.30."""
+
+    def __init__(self, settings: Settings, config: ModelConfig):
+        # vLLM's OLMoE has these two built in, whatever config.json says.
+        if config.qk_norm == "full" and (config.norm_topk_prob or config.rms_norm_eps != 1e-5):
+            raise InputError(
+                "vLLM runs OLMoE with rms_norm_eps 1e-5 and norm_topk_prob false only; "
+                "leave out --engine vllm"
+            )
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no process of its own
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import vllm
+
+        self.vllm = vllm
+        self.settings = settings
+        self.config = config
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.rollout_dtype]
+        longest = settings.prompt_length + settings.max_new_tokens
+        length = min(longest, config.max_position_embeddings)
+        # Keys and values of all responses, in blocks of up to 128 tokens, but 4 GB at most.
+        row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        rows = settings.prompts // PROCESSES * settings.samples + 1
+        memory = rows * row * (length + 128) * dtype.itemsize
+        try:
+            self.llm = vllm.LLM(
+                settings.checkpoint,
+                load_format="dummy",  # the weights come from the policy
+                dtype=dtype,
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # no sampling defaults of the checkpoint
+                logprobs_mode="processed_logprobs",  # at the sampling temperature
+                enable_return_routed_experts=True,
+                enforce_eager=True,
+                max_model_len=length,
+                kv_cache_memory_bytes=min(memory, 2**32),
+                distributed_executor_backend="external_launcher" if PROCESSES > 1 else None,
+                disable_log_stats=True,
+            )
+        except Exception as error:  # of any type, of vLLM and of what it calls
+            raise InputError(
+                f"vLLM cannot run {settings.checkpoint}: {last_line(error)}"
+            ) from error
+
+    def weights(self, model: MoETransformer, horizon: float | None, all_of_them: bool) -> Iterator:
+        """The policy's weights by the names of published checkpoints, or only the routers. One at a
+        time: no process holds a second whole copy of a sharded model."""
+        for name, parameter in model.named_parameters():
+            if name.endswith("predictor.weight") or not (all_of_them or ".router." in name):
+                continue
+            weight = parameter.detach()
+            if isinstance(weight, DTensor):
+                weight = weight.full_tensor()
+            if ".router." in name and horizon is not None:
+                router = model.get_submodule(name.removesuffix(".weight"))
+                weight = weight + horizon * router.predictor.weight.detach()
+            name = pr2_mini.hf_name(name)
+            if self.config.qk_norm == "none":  # Mixtral
+                name = name.replace(".mlp.", ".block_sparse_moe.")
+            if ".experts." not in name:
+                yield name, weight
+                continue
+            for expert, stacked in enumerate(weight):
+                parts = stacked.chunk(2) if name.endswith("gate_up_proj") else [stacked]
+                words = ("gate_proj", "up_proj") if len(parts) == 2 else ("down_proj",)
+                for word, part in zip(words, parts, strict=True):
+                    yield f"{name.rpartition('.')[0]}.{expert}.{word}.weight", part
+
+    @torch.no_grad()
+    def update(self, model: MoETransformer, horizon: float | None, all_of_them: bool) -> None:
+        """Puts the weights into the engine, and drops the keys, values and routes of older ones."""
+        if isinstance(model, FSDPModule):
+            model.reshard()  # a forward pass has left it partly whole
+        if all_of_them:
+            self.llm.apply_model(drop_packed_experts)
+        weights = self.weights(model, horizon, all_of_them)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.reset_prefix_cache()
+
+    @torch.no_grad()
+    def rollout(self, model, prompts, attend, horizon, generator) -> pr2_mini.Rollout:
+        """What `generate` returns: one run of the engine for each distinct horizon (Q,)."""
+        Q, P = prompts.shape
+        G = self.settings.samples
+        C = self.settings.max_new_tokens
+        L = self.config.num_hidden_layers
+        k = self.config.num_experts_per_tok
+        device = prompts.device
+        pad = self.settings.pad
+        tokens = F.pad(prompts.repeat_interleave(G, dim=0), (0, C), value=pad)
+        real = F.pad(attend.repeat_interleave(G, dim=0), (0, C), value=False)
+        logprobs = torch.zeros(Q * G, C, device=device)
+        placeholder = torch.arange(k, dtype=torch.int16)  # a valid set
+        experts = placeholder.expand(L, Q * G, P + C - 1, k).clone()
+        seeds = torch.randint(2**31, (Q,), generator=generator, device=device).tolist()
+        horizons = [None] * Q if horizon is None else horizon.tolist()
+        for run, m in enumerate(dict.fromkeys(horizons)):
+            self.update(model, m, all_of_them=run == 0)
+            rows = [row for row in range(Q) if horizons[row] == m]
+            requests = []
+            for row in rows:
+                requests.append({"prompt_token_ids": prompts[row][attend[row]].tolist()})
+            results = self.llm.generate(
+                requests, [self.sampling(seeds[row]) for row in rows], use_tqdm=False
+            )
+            for row, result in zip(rows, results, strict=True):
+                for sample, output in enumerate(result.outputs):
+                    place = row * G + sample
+                    start = P - len(result.prompt_token_ids)
+                    end = P + len(output.token_ids)
+                    shape = (end - start - 1, L, k)
+                    route = output.routed_experts  # numpy, of every token but the last
+                    if route is None or route.shape != shape:
+                        found = None if route is None else route.shape
+                        raise InputError(f"vLLM returned routes {found}; expected {shape}")
+                    experts[:, place, start : end - 1] = torch.tensor(route.swapaxes(0, 1).tolist())
+                    tokens[place, P:end] = torch.tensor(output.token_ids)
+                    real[place, P:end] = True
+                    for column, token in enumerate(output.token_ids):
+                        logprobs[place, column] = output.logprobs[column][token].logprob
+        pr2_mini.check_routes(experts, (L, Q * G, P + C - 1), self.config)
+        return pr2_mini.Rollout(tokens, real, logprobs, experts.to(device), prompt_length=P)
+
+    def sampling(self, seed: int):
+        """Of the responses to one prompt."""
+        settings = self.settings
+        ends = [settings.eos] if isinstance(settings.eos, int) else settings.eos
+        return self.vllm.SamplingParams(
+            n=settings.samples,
+            temperature=settings.temperature,
+            max_tokens=settings.max_new_tokens,
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,
+            ignore_eos=True,  # all of them are here:
+            stop_token_ids=ends,
+            seed=seed,
+        )
+
+
+def drop_packed_experts(model) -> None:
+    """On CPUs vLLM 0.30 packs the experts when they are loaded; unless it is told so, it goes on
+    with the old ones after an update."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+# ----------------------------------------------------------------------------------- 7. Training
 EVALUATE_EVERY = 10  # rollout batches
 EVALUATED = 256  # held-out problems
 
@@ -621,12 +783,15 @@ def build_model(settings: Settings, config: ModelConfig, task, resume: bool, dev
         else:
             weights = base_model(config, task, settings, torch.device("cpu")).state_dict()
     model = pr2_mini.empty_model(config, "cpu")
-    engine = pr2_mini.rollout_engine(model, settings.rollout_dtype)
+    if settings.engine == "vllm":
+        engine = VLLMEngine(settings, config)
+    else:
+        engine = pr2_mini.rollout_engine(model, settings.rollout_dtype)
+        engine = place(engine, device, mesh, None)
     if settings.checkpoint:  # keep only the inputs of each block for the backward pass
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     model = place(model, device, mesh, torch.bfloat16 if settings.checkpoint else None)
-    engine = place(engine, device, mesh, None)
     if mesh is not None and not resume:
         options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         dcp_state.set_model_state_dict(model, weights, options=options)
@@ -678,7 +843,7 @@ def train(
     device, mesh = open_device(settings.device, sharded=bool(settings.checkpoint))
     if RANK == 0 and not resume:
         prepare_folder(folder)
-    model, engine = build_model(settings, config, task, resume, device, mesh)
+    model, engine = build_model(rl, config, task, resume, device, mesh)
     optimizer = pr2_mini.make_optimizer(model, rl)
     rates = [group["lr"] for group in optimizer.param_groups]
     tensors = tensors_of(model, optimizer)
@@ -700,6 +865,11 @@ def train(
     if not resume:
         save_checkpoint(folder, tensors, progress)
 
+    tracker = None
+    if settings.track != "none" and RANK == 0:
+        tracker = importlib.import_module(settings.track)
+        tracker.init(project="pr2-mini", name=folder.name, config=as_dict(settings))
+
     # Loop.
     bar.update(len(history))
     picture = None
@@ -719,7 +889,8 @@ def train(
             responses = task.decode(rollout.tokens[:, rollout.prompt_length :])
             return task.rewards(asked, responses)  # noqa: B023, called before the next batch
 
-        if alone and step == settings.steps and importlib.util.find_spec("matplotlib"):
+        drawn = alone and settings.engine == "built-in" and importlib.util.find_spec("matplotlib")
+        if drawn and step == settings.steps:
             picture = record_routes(model, engine, optimizer, rl, task, examples)
         metrics = pr2_mini.rl_step(
             model,
@@ -742,12 +913,16 @@ def train(
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+        if tracker is not None:
+            tracker.log(metrics, step=step)
         # A checkpoint is worth keeping only while updates succeed.
         progress["step"] = step
         if not skipped(row) and (step % settings.save_every == 0 or step == settings.steps):
             save_checkpoint(folder, tensors, progress)
         bar.set_postfix(bar_text(history), refresh=False)
         bar.update()
+    if tracker is not None:
+        tracker.finish()
     if alone:
         bar.close()
         report(settings, folder, model, task, rl, history, examples, progress["before"], picture)
@@ -791,7 +966,7 @@ def bar_text(history: list[dict]) -> dict[str, str]:
     return text
 
 
-# ------------------------------------------------------------------- 7. What a run tells its reader
+# ------------------------------------------------------------------- 8. What a run tells its reader
 def mean_of(rows: list[dict], name: str) -> float:
     """The mean over those rows that have a number there."""
     values = [row[name] for row in rows if row.get(name) is not None]
@@ -910,7 +1085,7 @@ def route_states(model, rl: RLConfig, task, batch: pr2_mini.Batch) -> tuple[list
     return task.decode(tokens[:48, None]), states[:, :48].cpu()
 
 
-# ------------------------------------------------------------------------------- 8. Comparison
+# ------------------------------------------------------------------------------- 9. Comparison
 def parse_variant(text: str) -> dict:
     """ "pr2:alpha=0.3,predictor=momentum" -> the settings that it changes."""
     method, _, changes = text.partition(":")
@@ -1070,7 +1245,7 @@ def print_table(table: dict, seeds: int) -> None:
         print(f"| {variant} | " + " | ".join(", ".join(cell) for cell in cells.values()) + " |")
 
 
-# ---------------------------------------------------------------------------------- 9. Figures
+# ---------------------------------------------------------------------------------- 10. Figures
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"]
 
 
@@ -1167,7 +1342,7 @@ def draw_comparison(plot, table: dict, histories: dict[str, list[list[dict]]], p
     plot.close(figure)
 
 
-# -------------------------------------------------------------------------------- 10. Benchmark
+# ------------------------------------------------------------------------------- 11. Benchmark
 def milliseconds(calls: list[Callable], rounds: int) -> list[list[float]]:
     """Of every call, in turn, so that a slow spell of the machine hits all alike; the first round
     only warms up."""
@@ -1256,7 +1431,7 @@ def beside_transformers(device: torch.device, rounds: int) -> None:
         print(f"| {name} | {ours:.0f} | {theirs:.0f} | {ratio:.2f} |")
 
 
-# ------------------------------------------------------------------------------------ 11. Main
+# ------------------------------------------------------------------------------------ 12. Main
 def run(given: dict, out: str, resume: str) -> int:
     """A single run, new or resumed; returns the exit code."""
     if resume:
