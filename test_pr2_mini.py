@@ -1158,7 +1158,7 @@ def rows(folder):
 
 
 def newest(folder):
-    return (folder / "checkpoint" / "latest").read_text()
+    return train_toy.checkpoints_of(folder)[-1].name
 
 
 def checkpoint_of(folder):
@@ -1253,7 +1253,7 @@ def test_last_two_checkpoints_are_kept_and_nothing_half_written(finished):
     names = {path.name for path in finished.folder.iterdir()}
     kept = {path.name for path in (finished.folder / "checkpoint").iterdir()}
     assert names - {"run.png"} == {"config.json", "metrics.jsonl", "checkpoint"}
-    assert kept == {"latest", "step-8", "step-10"}
+    assert kept == {"step-8", "step-10"}
     assert newest(finished.folder) == "step-10"
 
 
@@ -1271,7 +1271,7 @@ def test_default_folder_is_new_for_a_run_and_depends_on_all_that_is_compared(tmp
 @parametrize(
     ("name", "message"),
     [
-        ("checkpoint/latest", "--resume it"),
+        ("checkpoint/step-4", "--resume it"),
         ("notes.txt", "notes.txt"),
         ("metrics.jsonl", "metrics"),
     ],
@@ -1311,10 +1311,10 @@ def die_after(monkeypatch, owner, name, call):
         (train_toy, "open_device", 1, False),
         (train_toy.os, "replace", 1, False),  # config.json is there
         (train_toy.dcp, "save", 1, False),
-        (Path, "rename", 2, False),  # step-0 is there, latest is not
-        (train_toy.os, "replace", 4, True),  # latest is there
+        (train_toy.os, "replace", 3, False),  # step.partial is complete, but not yet step-0
+        (Path, "rename", 2, True),  # step-0 is there
         (train_toy.dcp, "save", 2, True),  # the weights are there, progress.json is not
-        (train_toy.os, "replace", 6, True),  # latest names step-4
+        (Path, "rename", 6, True),  # step-8 is there, and step-0 still is
         (pr2_mini, "rl_step", 6, True),
     ],
 )
@@ -1325,7 +1325,7 @@ def test_run_killed_at_any_moment_resumes_to_the_same_bits_or_begins_anew(
     die_after(monkeypatch, owner, name, call)
     assert toy(flags).code == "killed"
     monkeypatch.undo()
-    assert (tmp_path / "run" / "checkpoint" / "latest").exists() == begun
+    assert bool(train_toy.checkpoints_of(tmp_path / "run")) == begun
     assert toy(f"--resume {tmp_path / 'run'}" if begun else flags).code == 0
     same_run(tmp_path / "run", finished.folder)
 
@@ -1366,19 +1366,16 @@ def test_more_steps_and_other_folders_may_be_given_on_resume_and_no_other_flags(
         ("config.json", "{}", "config.json lacks alpha"),
         ("config.json", "[]", "config.json is damaged: expected a JSON object"),
         ("config.json", "{", "config.json is missing or damaged"),
-        ("checkpoint/latest", "../checkpoint", 'latest is damaged: it names "../checkpoint"'),
-        ("checkpoint/latest", None, "has no checkpoint; start the run again with --out"),
-        ("checkpoint/step-10/progress.json", '{"step": 8, "before": []}', "json is damaged"),
+        ("checkpoint", None, "has no checkpoint; start the run again with --out"),
+        ("checkpoint/step-10/progress.json", None, "progress.json is missing or damaged"),
+        ("checkpoint/step-10/progress.json", '{"before": [], "history": []}', "json is damaged"),
         ("checkpoint/step-10/progress.json", '{"step": 10}', "progress.json is damaged"),
         ("checkpoint/step-10/.metadata", "torn", "step-10 is damaged or of another model"),
         ("checkpoint/step-10/__0_0.distcp", "torn", "step-10 is damaged or of another model"),
-        ("metrics.jsonl", None, "metrics.jsonl has 0 lines; expected the 10"),
-        ("metrics.jsonl", '{"step": 1}\n{"step"' + "\n" * 9, "line 2 of"),
-        ("metrics.jsonl", '{"step": 1}\n{"step": 3}' + "\n" * 9, "line 2 of"),
     ],
 )
 def test_damaged_piece_of_a_run_is_named(name, content, message, copied):
-    (copied / name).unlink()
+    (copied / name).rename(copied / "old")
     if content is not None:
         (copied / name).write_text(content)
     said = refusal(f"--resume {copied}")
@@ -1389,6 +1386,7 @@ def test_damaged_piece_of_a_run_is_named(name, content, message, copied):
 def test_checkpoint_with_weights_that_are_not_finite_is_refused_by_name(copied):
     tensors, progress = checkpoint_of(copied)
     tensors["blocks.1.moe.down"].view(-1)[7] = math.inf
+    shutil.rmtree(copied / "checkpoint" / "step-10")
     train_toy.save_checkpoint(copied, tensors, progress)
     message = refusal(f"--resume {copied}")
     assert "step-10 has blocks.1.moe.down with values that are not finite" in message
@@ -1525,12 +1523,21 @@ def test_comparison_prints_a_table_and_writes_its_numbers(compared):
 def test_finished_comparison_is_summed_up_again_without_training(compared, monkeypatch):
     numbers = (compared.folder / "compare.json").read_text()
     for folder in compared.folder.glob("r3-*"):  # killed while the checkpoint was removed
-        (folder / "checkpoint" / "step-3").mkdir(parents=True)
+        (folder / "checkpoint.partial" / "step-3").mkdir(parents=True)
     monkeypatch.setattr(train_toy, "train", mock.Mock(side_effect=AssertionError()))
     done = toy(f"{compared.flags} --out {compared.folder}")
     assert done.code == 0
     assert "pip install matplotlib" in done.output
     assert (compared.folder / "compare.json").read_text() == numbers
+
+
+@parametrize("content", ['{"step": 1', '{"step": 2}\n', "3\n3\n3\n"])
+def test_damaged_metrics_of_a_finished_run_are_named(content, compared, tmp_path):
+    folder = shutil.copytree(compared.folder, tmp_path / "copy")
+    (path,) = folder.glob("r3-seed1-*/metrics.jsonl")
+    path.write_text(content)
+    message = f"{path} is damaged: expected the rollout batches 1 to 3"
+    assert message in refusal(f"{compared.flags} --out {folder}")
 
 
 def test_comparison_that_was_killed_goes_on_where_it_was(compared, tmp_path, monkeypatch):

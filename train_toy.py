@@ -8,8 +8,8 @@
     torchrun --nproc-per-node 8 train_toy.py --checkpoint DIR --data FILE --out runs/NAME
 
 A run's folder holds config.json (every setting), metrics.jsonl (a line for each rollout batch) and
-checkpoint/step-N (the last two; `latest` names the one to trust), written by torch's distributed
-checkpoint: resume only runs of your own. The method is in pr2_mini.py. Linux and macOS.
+the last two of checkpoint/step-N, written by torch's distributed checkpoint: resume only runs of
+your own. The method is in pr2_mini.py. Linux and macOS.
 """
 
 import argparse
@@ -255,29 +255,30 @@ def read_json(path: Path) -> dict:
 
 
 def read_metrics(path: Path, steps: int) -> list[dict]:
-    """The first `steps` lines, each of them the JSON object of its rollout batch."""
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    lines = text.splitlines()
-    if len(lines) < steps:
-        raise InputError(
-            f"{path} has {len(lines)} lines; expected the {steps} up to the checkpoint"
-        )
-    history = []
-    for number, line in enumerate(lines[:steps], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or row.get("step") != number:
-            raise InputError(f"line {number} of {path} is damaged: expected rollout batch {number}")
-        history.append(row)
+    """The rows of a finished run."""
+    try:
+        history = [json.loads(line) for line in path.read_text().splitlines()]
+        complete = [row["step"] for row in history] == list(range(1, steps + 1))
+    except (OSError, ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise InputError(f"{path} is damaged: expected the rollout batches 1 to {steps}")
     return history
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first; each appeared by a rename."""
+    return sorted((folder / "checkpoint").glob("step-*"), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def prepare_folder(folder: Path) -> None:
     """For a new run: refuses a folder with a run or with foreign files, but not what a run has left
     that was killed before its first checkpoint was complete."""
-    if (folder / "checkpoint" / "latest").exists():
+    if checkpoints_of(folder):
         raise InputError(f"{folder} holds a run; --resume it, or choose another --out")
     log = folder / "metrics.jsonl"
     ours = {"config.json", "config.json.partial", "checkpoint", log.name, f"{log.name}.partial"}
@@ -302,25 +303,19 @@ def tensors_of(model: MoETransformer, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def save_checkpoint(folder: Path, tensors: dict, progress: dict) -> None:
-    """Writes checkpoint/step-N, then points `latest` at it, then drops all but the last two."""
-    checkpoints = folder / "checkpoint"
-    new = checkpoints / f"step-{progress['step']}"
-    partial = checkpoints / "step.partial"
-    if RANK == 0:
-        for stale in (new, partial):  # of a run that was killed while it wrote them
-            shutil.rmtree(stale, ignore_errors=True)
+    """Writes checkpoint/step-N, which appears when it is complete; then all but the last two go.
+    The one with the highest N is the newest: a run goes on from there, so that none is above."""
+    new = folder / "checkpoint" / f"step-{len(progress['history'])}"
+    partial = new.with_name("step.partial")
+    if RANK == 0:  # what a run has left that was killed while it wrote
+        shutil.rmtree(partial, ignore_errors=True)
     with writing(new, size=sum(tensor.nbytes for tensor in tensors.values())):
         dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
         if RANK == 0:
             write_file(partial / "progress.json", json.dumps(progress))
             partial.rename(new)
-            write_file(checkpoints / "latest", new.name)
-            for old in sorted(checkpoints.glob("step-*"), key=step_of)[:-2]:
+            for old in checkpoints_of(folder)[:-2]:
                 shutil.rmtree(old)
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 @contextlib.contextmanager
@@ -343,18 +338,13 @@ def last_line(error: BaseException) -> str:
 
 def load_checkpoint(folder: Path, model: MoETransformer, tensors: dict) -> dict:
     """Fills the tensors from the newest checkpoint, of any number of processes; its progress."""
-    latest = folder / "checkpoint" / "latest"
-    if not latest.is_file():
+    checkpoints = checkpoints_of(folder)
+    if not checkpoints:
         raise InputError(f"{folder} has no checkpoint; start the run again with --out {folder}")
-    name = latest.read_text(errors="replace")
-    path = latest.parent / name
-    if not re.fullmatch(r"step-\d+", name) or not path.is_dir():
-        raise InputError(f'{latest} is damaged: it names "{name:.40}", which is no checkpoint')
+    path = checkpoints[-1]
     progress = read_json(path / "progress.json")
-    before = progress.get("before")
-    texts = isinstance(before, list) and all(isinstance(text, str) for text in before)
-    if progress.get("step") != step_of(path) or not texts:
-        raise InputError(f"{path / 'progress.json'} is damaged")
+    if progress.keys() != {"before", "history"} or len(progress["history"]) != step_of(path):
+        raise InputError(f"{path / 'progress.json'} is damaged or of another version")
     try:
         dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:
@@ -688,12 +678,11 @@ def train(
     # Maybe resume.
     if resume:
         progress = load_checkpoint(folder, model, tensors)
-        history = read_metrics(log, progress["step"])
         if len(progress["before"]) != len(examples):
             raise InputError(f"the newest checkpoint in {folder} is of other examples")
     else:
-        progress = {"step": 0, "before": answer(model, task, rl, examples, 1.0)}
-        history = []
+        progress = {"before": answer(model, task, rl, examples, 1.0), "history": []}
+    history = progress["history"]
     if RANK == 0:  # with the new --steps of a resumed run, without its lines after the checkpoint
         write_file(folder / "config.json", json.dumps(as_dict(settings), indent=2) + "\n")
         write_file(log, "".join(json.dumps(row) + "\n" for row in history))
@@ -743,7 +732,6 @@ def train(
                 file.flush()
                 os.fsync(file.fileno())
         # A checkpoint is worth keeping only while updates succeed.
-        progress["step"] = step
         if not skipped(row) and (step % settings.save_every == 0 or step == settings.steps):
             save_checkpoint(folder, tensors, progress)
         bar.set_postfix(bar_text(history), refresh=False)
@@ -978,14 +966,15 @@ def compare(given: dict, variants: list[str], seeds: int, out: str) -> int:
 def run_of_comparison(settings: Settings, folder: Path, bar: tqdm) -> list[dict]:
     """A run's rows. A finished one has metrics and, to save space, no checkpoint."""
     log = folder / "metrics.jsonl"
-    unfinished = (folder / "checkpoint" / "latest").exists()
+    unfinished = bool(checkpoints_of(folder))
     if not unfinished and log.exists() and log.stat().st_size > 0:
         bar.update(settings.steps)
         return read_metrics(log, settings.steps)
     with claim(folder):
         history = train(settings, build_task(settings), folder, unfinished, bar, alone=False)
-        (folder / "checkpoint" / "latest").unlink()  # finished, from here on
-        shutil.rmtree(folder / "checkpoint")
+        done = folder / "checkpoint.partial"
+        (folder / "checkpoint").rename(done)  # finished, from here on
+        shutil.rmtree(done)
     return history
 
 
@@ -1282,7 +1271,7 @@ def run(given: dict, out: str, resume: str) -> int:
         with claim(folder), tqdm(total=settings.steps, desc=title, disable=RANK > 0) as bar:
             history = train(settings, built, folder, bool(resume), bar, alone=True)
     except KeyboardInterrupt:
-        begun = (folder / "checkpoint" / "latest").exists()
+        begun = checkpoints_of(folder)
         words = f"to go on: --resume {folder}" if begun else "it had no checkpoint yet"
         print(f"\nstopped; {words}", file=sys.stderr)
         return 130
@@ -1290,7 +1279,7 @@ def run(given: dict, out: str, resume: str) -> int:
     if total:
         print(f"{total} updates were not finite and were skipped", file=sys.stderr)
     if skipped(history[-1]):
-        kept = (folder / "checkpoint" / "latest").read_text()
+        kept = checkpoints_of(folder)[-1].name
         print(f"the last update was skipped too; the checkpoint kept is {kept}", file=sys.stderr)
         return 1
     return 0
