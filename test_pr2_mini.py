@@ -1117,7 +1117,7 @@ def refusal(flags):
 
 
 def settings_of(flags):
-    return train_toy.make_settings(train_toy.parse(flags.split())[1], "the test")
+    return train_toy.make_settings(train_toy.parse(flags.split())[1])
 
 
 @pytest.fixture(scope="session")
@@ -1190,9 +1190,12 @@ def same_run(folder, other):
         ("--experts 3", "num_experts_per_tok is 4; expected at most num_experts, 3"),
         ("--operands 1", "1 numbers up to 9 make too few sums"),
         ("--max-new-tokens 2043", "2048 positions; lower --max-new-tokens"),
-        ("--compare pr2:alpha=big", 'gives alpha the bad value "big"'),
+        ("--compare pr2:alpha=big", 'pr2:alpha=big": argument --alpha: invalid float value'),
+        ("--compare ppo", "argument --method: invalid choice: 'ppo'"),
+        ("--compare pr2:out=run", 'has "out", which is not a setting'),
+        ("--compare pr2:seed=1", "changes seed, which is no setting of a variant"),
         ("--compare pr2:alpha=1e999", "alpha inf; expected"),
-        ("--compare pr2:beta=1", 'changes "beta", which is no setting of a variant'),
+        ("--compare pr2:beta=1", 'has "beta", which is not a setting'),
         ("--compare pr2 pr2:alpha=2", "names pr2:alpha=2 twice"),
         ("--compare r3 --method r2", "takes methods as variants, not as --method"),
         ("--compare r3 --resume run", "goes on by itself"),
@@ -1356,12 +1359,10 @@ def test_more_steps_and_other_folders_may_be_given_on_resume_and_no_other_flags(
 @parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", '{"steps": "10"}', "has steps '10'; expected a value of type int"),
-        ("config.json", '{"steps": true}', "has steps True; expected a value of type int"),
-        ("config.json", '{"alpha": "2"}', "has alpha '2'; expected a value of type float"),
-        ("config.json", '{"alpha": NaN}', "has alpha nan; expected a number"),
-        ("config.json", '{"data": 3}', "has data 3; expected a value of type str"),
-        ("config.json", '{"method": 3}', 'method is "3"; expected one of grpo'),
+        ("config.json", '{"steps": true}', "argument --steps: invalid int value: 'True'"),
+        ("config.json", '{"alpha": "big"}', "argument --alpha: invalid float value: 'big'"),
+        ("config.json", '{"alpha": NaN}', "alpha nan; expected a number"),
+        ("config.json", '{"method": 3}', "argument --method: invalid choice: '3'"),
         ("config.json", '{"colour": 3}', 'has "colour", which is not a setting'),
         ("config.json", "{}", "config.json lacks alpha"),
         ("config.json", "[]", "config.json is damaged: expected a JSON object"),
@@ -1380,7 +1381,7 @@ def test_damaged_piece_of_a_run_is_named(name, content, message, copied):
         (copied / name).write_text(content)
     said = refusal(f"--resume {copied}")
     assert message in said
-    assert str(copied) in said or "expected one of grpo" in said
+    assert str(copied) in said
 
 
 def test_checkpoint_with_weights_that_are_not_finite_is_refused_by_name(copied):

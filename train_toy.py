@@ -97,48 +97,16 @@ AT_LEAST_ONE = ("samples", "mini_steps", "steps", "prompts", "save_every", "prom
 SETTINGS = [field for field in dataclasses.fields(Settings) if field.name not in ("eos", "pad")]
 
 
-def make_settings(values: dict, source: str) -> Settings:
-    """Settings from a flag, a variant or a file: known names, right types, sensible numbers."""
-    types = {field.name: field.type for field in SETTINGS}
-    for name, value in values.items():
-        if name not in types:
-            raise InputError(f'{source} has "{name}", which is not a setting; --help lists them')
-        expected = types[name]
-        if typing.get_origin(expected) is typing.Literal:
-            continue  # RLConfig checks the choices
-        allowed = (int, float) if expected is float else expected
-        if not isinstance(value, allowed) or isinstance(value, bool):
-            kind = expected.__name__
-            raise InputError(f"{source} has {name} {value!r:.60}; expected a value of type {kind}")
-        least = 1 if name in AT_LEAST_ONE else 0
-        if isinstance(value, int | float) and not least <= value < math.inf:
-            raise InputError(f"{source} has {name} {value}; expected a number of at least {least}")
-    if values.get("checkpoint"):
-        values = {**CHECKPOINT_DEFAULTS, **values}
-    settings = Settings(**values)
-    if settings.cached_share > 1 or settings.beta1 >= 1:
-        raise InputError("expected cached_share up to 1 and beta1 below 1")
-    share = settings.mini_steps * PROCESSES
-    if settings.prompts % share != 0:
-        raise InputError(
-            f"{settings.prompts} prompts do not divide into {settings.mini_steps} mini-steps on "
-            f"{PROCESSES} processes; expected a multiple of {share}"
-        )
-    if settings.device == "auto":
-        settings.device = "cuda" if torch.cuda.is_available() else "cpu"
-    return settings
-
-
-def as_dict(settings: Settings) -> dict:
-    """What config.json holds."""
-    return {field.name: getattr(settings, field.name) for field in SETTINGS}
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(f"{message}; --help lists the flags")
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
     """What to do, and the settings that were given."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train a toy MoE by RL with Predictive Routing Replay (PR2).",
-        usage="python train_toy.py [FLAG VALUE ...]    (--help lists the flags)",
+        usage="python train_toy.py [FLAG VALUE ...]",
         allow_abbrev=False,
     )
     # The comment of a field is the help of its flag.
@@ -163,7 +131,46 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--benchmark", action="store_true", help="print where the time goes")
     actions = parser.parse_args(arguments)
     given = {f.name: getattr(actions, f.name) for f in SETTINGS if hasattr(actions, f.name)}
+    for name, value in given.items():
+        least = 1 if name in AT_LEAST_ONE else 0
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            raise InputError(f"{name} {value}; expected a number of at least {least}")
     return actions, given
+
+
+def parse_values(values: dict, source: str) -> dict:
+    """Settings from a file or a variant, as if each had been given by its flag."""
+    for name in values:
+        if name not in [field.name for field in SETTINGS]:
+            raise InputError(f'{source} has "{name}", which is not a setting; --help lists them')
+    try:
+        _, given = parse([f"--{name.replace('_', '-')}={values[name]}" for name in values])
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    return given
+
+
+def make_settings(values: dict) -> Settings:
+    """Settings that fit together, from those that were given."""
+    if values.get("checkpoint"):
+        values = {**CHECKPOINT_DEFAULTS, **values}
+    settings = Settings(**values)
+    if settings.cached_share > 1 or settings.beta1 >= 1:
+        raise InputError("expected cached_share up to 1 and beta1 below 1")
+    share = settings.mini_steps * PROCESSES
+    if settings.prompts % share != 0:
+        raise InputError(
+            f"{settings.prompts} prompts do not divide into {settings.mini_steps} mini-steps on "
+            f"{PROCESSES} processes; expected a multiple of {share}"
+        )
+    if settings.device == "auto":
+        settings.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return settings
+
+
+def as_dict(settings: Settings) -> dict:
+    """What config.json holds."""
+    return {field.name: getattr(settings, field.name) for field in SETTINGS}
 
 
 # -------------------------------------------------------------------------------- 2. Processes
@@ -903,18 +910,12 @@ def parse_variant(text: str) -> dict:
     """ "pr2:alpha=0.3,predictor=momentum" -> the settings that it changes."""
     method, _, changes = text.partition(":")
     values = {"method": method}
-    types = {field.name: field.type for field in SETTINGS}
     for change in filter(None, changes.split(",")):
         name, _, value = change.partition("=")
-        name = name.replace("-", "_")
-        if name not in types or name in ("method", "seed", "steps", "base_dir"):
-            raise InputError(f'variant "{text}" changes "{name}", which is no setting of a variant')
-        convert = str if typing.get_args(types[name]) else types[name]
-        try:
-            values[name] = convert(value)
-        except ValueError as error:
-            raise InputError(f'variant "{text}" gives {name} the bad value "{value}"') from error
-    return values
+        if name in ("method", "seed", "steps"):
+            raise InputError(f'variant "{text}" changes {name}, which is no setting of a variant')
+        values[name.replace("-", "_")] = value
+    return parse_values(values, f'variant "{text}"')
 
 
 def digest(value: object) -> str:
@@ -937,7 +938,7 @@ def compare(given: dict, variants: list[str], seeds: int, out: str) -> int:
     for seed in range(first, first + seeds):
         for variant in variants:
             values = {"steps": 60, **given, **parse_variant(variant), "seed": seed}
-            settings = make_settings(values, f'variant "{variant}"')
+            settings = make_settings(values)
             build_task(settings)
             name = f"{settings.method}-seed{seed}-{digest(as_dict(settings))}"
             if name in [other for other, _ in runs.values()]:
@@ -1250,17 +1251,17 @@ def run(given: dict, out: str, resume: str) -> int:
     """A single run, new or resumed; returns the exit code."""
     if resume:
         folder = Path(resume)
-        saved = read_json(folder / "config.json")
+        saved = parse_values(read_json(folder / "config.json"), str(folder / "config.json"))
         for name, value in given.items():
             if name not in MAY_CHANGE and saved.get(name) != value:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {value} contradicts {folder}, {saved.get(name)}")
-        settings = make_settings({**saved, **given}, str(folder / "config.json"))
         missing = {field.name for field in SETTINGS} - saved.keys()
         if missing:
             raise InputError(f"{folder / 'config.json'} lacks {min(missing)}")
+        settings = make_settings({**saved, **given})
     else:
-        settings = make_settings(given, "the command line")
+        settings = make_settings(given)
         if PROCESSES > 1 and not out:
             raise InputError("torchrun needs --out, one folder for all processes")
         unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
@@ -1288,12 +1289,12 @@ def run(given: dict, out: str, resume: str) -> int:
 def main(arguments: list[str]) -> int:
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
-    actions, given = parse(arguments)
     try:
+        actions, given = parse(arguments)
         if actions.benchmark:
             if given.get("checkpoint"):
                 raise InputError("--benchmark times the toy; leave out --checkpoint")
-            return benchmark(make_settings(given, "the command line"))
+            return benchmark(make_settings(given))
         if actions.compare is not None:
             if actions.resume:
                 raise InputError("--compare goes on by itself; repeat it without --resume")
