@@ -1699,6 +1699,10 @@ def asked(published, flags=""):
     return train_toy.Questions(settings_of(f"{published} {flags}"))
 
 
+def question(answer="", ids=()):
+    return train_toy.Question("Why?", answer, ids)
+
+
 @pytest.fixture
 def other_tokenizer(published, tmp_path):
     """A function that gives the checkpoint another tokenizer, and returns the flags."""
@@ -1724,7 +1728,7 @@ def other_tokenizer(published, tmp_path):
 )
 def test_prompt_is_templated_or_plain(template, flags, prompt, limits, other_tokenizer):
     task = asked(other_tokenizer(template=template, limits=limits), flags)
-    assert task.tokenizer.decode(task.ids[0]) == prompt
+    assert task.tokenizer.decode(task.encode("What is 0 plus 0?")) == prompt
 
 
 @needs_questions
@@ -1745,8 +1749,7 @@ def test_every_end_token_ends_a_response(config, generation, ends, other_tokeniz
 @parametrize("pad", [None, "<eos>"])
 def test_padding_may_be_the_end_token(pad, other_tokenizer):
     task = asked(other_tokenizer(pad_token=pad))
-    task.ids[:2] = [[1, 7, 1], [8]]
-    tokens, attend = task.prompts([0, 1])
+    tokens, attend = task.prompts([question(ids=(1, 7, 1)), question(ids=(8,))])
     assert task.pad == 1
     assert tokens.tolist() == [[1, 7, 1], [1, 1, 8]]
     assert attend.tolist() == [[True, True, True], [False, False, True]]
@@ -1759,7 +1762,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(published, tmp_path,
     path.write_text(Path(published.split()[3]).read_text() + 3 * long)
     task = asked(f"{published} --data {path}", "--prompt-length 99")
     assert "left out         3 prompts of more than 99 tokens" in capsys.readouterr().out
-    assert max(task.parts[True] + task.parts[False]) == 99
+    assert len(task.training + task.held_out) == 100
 
 
 @needs_questions
@@ -1770,7 +1773,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(published, tmp_path,
 def test_answer_is_what_follows_the_hashes_or_bare(written, answer, tmp_path):
     row = {"question": "a\u2028b\x85", "answer": written}  # str.splitlines would break it there
     (tmp_path / "one.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
-    assert train_toy.read_questions(tmp_path / "one.jsonl") == (["a\u2028b\x85"], [answer])
+    assert train_toy.read_questions(tmp_path / "one.jsonl") == [("a\u2028b\x85", answer)]
 
 
 @needs_questions
@@ -1812,8 +1815,11 @@ def test_missing_package_is_named_with_its_pip_command(published, monkeypatch):
 def test_an_eighth_of_the_questions_is_held_out_and_never_trained_on(published):
     task = asked(published)
     held_out = set(task.problems(999, draws(), held_out=True))
-    assert held_out == {n for n in range(100) if zlib.crc32(task.text(n).encode()) % 8 == 0}
-    assert set(task.problems(9999, draws())) == set(range(100)) - held_out
+    training = set(task.problems(9999, draws()))
+    assert len(training | held_out) == 100
+    for problem in training | held_out:
+        assert (zlib.crc32(problem.text.encode()) % 8 == 0) == (problem in held_out)
+    assert not training & held_out
 
 
 @needs_questions
@@ -1830,8 +1836,8 @@ def test_an_eighth_of_the_questions_is_held_out_and_never_trained_on(published):
     ],
 )
 def test_reward_of_a_response(expected, responses, reward):
-    task = SimpleNamespace(answers=["7", expected])
-    found = train_toy.Questions.rewards(task, [1] * len(responses), responses)
+    problems = [question(answer=expected)] * len(responses)
+    found = train_toy.Questions.rewards(None, problems, responses)
     assert found.tolist() == [reward] * len(responses)
 
 

@@ -48,6 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -440,9 +441,15 @@ def base_model(config: ModelConfig, task: AdditionTask, settings: Settings, devi
 
 
 # ------------------------------------------------------------------ 5. Questions for a checkpoint
+class Question(typing.NamedTuple):
+    text: str
+    answer: str
+    ids: tuple[int, ...]  # of its prompt
+
+
 class Questions:
-    """Questions of a JSON-lines file for a checkpoint, with the checkpoint's own tokenizer; what a
-    problem is here is its number in the file. An eighth, by checksum, is never trained on."""
+    """Questions of a JSON-lines file for a checkpoint, with the checkpoint's own tokenizer. An
+    eighth, by checksum, is never trained on."""
 
     response_length = 512
 
@@ -455,103 +462,95 @@ class Questions:
             raise InputError(f"cannot read the tokenizer in {folder}: {error}") from error
         self.tokenizer.model_max_length = sys.maxsize  # --prompt-length is what counts
         self.system = settings.system
-        self.questions, self.answers = read_questions(Path(settings.data))
+        written = read_questions(Path(settings.data))
         self.eos = end_tokens(Path(folder), self.tokenizer)
-        self.pad = (
-            self.eos[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        )
-        self.ids = [self.encode(question) for question in self.questions]
-        self.parts = {True: [], False: []}  # held out, training
-        for number, question in enumerate(self.questions):
-            if len(self.ids[number]) <= settings.prompt_length:
-                self.parts[zlib.crc32(question.encode()) % 8 == 0].append(number)
-        left_out = len(self.ids) - len(self.parts[True]) - len(self.parts[False])
+        pad = self.tokenizer.pad_token_id
+        self.pad = self.eos[0] if pad is None else pad
+        questions = [Question(text, answer, self.encode(text)) for text, answer in written]
+        kept = [one for one in questions if len(one.ids) <= settings.prompt_length]
+        self.training = [one for one in kept if zlib.crc32(one.text.encode()) % 8 != 0]
+        self.held_out = [one for one in kept if zlib.crc32(one.text.encode()) % 8 == 0]
+        left_out = len(questions) - len(kept)
         if left_out:
-            print(
-                f"left out         {left_out} prompts of more than {settings.prompt_length} tokens"
-            )
-        if not self.parts[True] or not self.parts[False]:
+            longest = settings.prompt_length
+            print(f"left out         {left_out} prompts of more than {longest} tokens")
+        if not self.training or not self.held_out:
             raise InputError(
-                f"{settings.data} has {len(self.parts[False])} questions to train on and "
-                f"{len(self.parts[True])} held out; expected some of each"
+                f"{settings.data} has {len(self.training)} questions to train on and "
+                f"{len(self.held_out)} held out; expected some of each"
             )
+        self.prompt_length = max(len(one.ids) for one in kept)
 
-    def encode(self, question: str) -> list[int]:
+    def encode(self, question: str) -> tuple[int, ...]:
         """The ids of a prompt: by the chat template if there is one, else a plain question."""
-        if self.tokenizer.chat_template is None:
+        text = f"{question}\nAnswer:"
+        templated = self.tokenizer.chat_template is not None
+        if templated:
+            messages = [{"role": "user", "content": question}]
             if self.system:
-                raise InputError("--system needs a checkpoint with a chat template")
-            text = f"{question}\nAnswer:"
-            return self.tokenizer(text, padding=False, truncation=False)["input_ids"]
-        messages = [{"role": "user", "content": question}]
-        if self.system:
-            messages.insert(0, {"role": "system", "content": self.system})
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template may refuse, for one a system prompt
-            raise InputError(f"the chat template of the checkpoint refuses: {error}") from error
+                messages.insert(0, {"role": "system", "content": self.system})
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+            except Exception as error:  # a template may refuse, for one a system prompt
+                raise InputError(f"the chat template of the checkpoint refuses: {error}") from error
+        elif self.system:
+            raise InputError("--system needs a checkpoint with a chat template")
         # The template writes the special tokens itself: no second bos.
-        return self.tokenizer(text, add_special_tokens=False, padding=False, truncation=False)[
-            "input_ids"
-        ]
+        special = not templated
+        ids = self.tokenizer(text, add_special_tokens=special, padding=False, truncation=False)
+        return tuple(ids["input_ids"])
 
-    def problems(self, count: int, generator: torch.Generator, held_out: bool = False) -> list[int]:
-        part = self.parts[held_out]
+    def problems(self, count: int, generator, held_out: bool = False) -> list[Question]:
+        part = self.held_out if held_out else self.training
         draws = torch.randint(len(part), (count,), generator=generator)
         return [part[draw] for draw in draws.tolist()]
 
-    def prompts(self, problems: list[int]) -> tuple[Tensor, Tensor]:
+    def prompts(self, problems: list[Question]) -> tuple[Tensor, Tensor]:
         """(Q, P) int64 ids, padded on the left, and (Q, P) bool, which of them are real."""
-        rows = [self.ids[number] for number in problems]
-        width = max(len(row) for row in rows)
-        tokens = torch.full((len(rows), width), self.pad)
-        attend = torch.zeros(len(rows), width, dtype=torch.bool)
-        for row, ids in enumerate(rows):
-            tokens[row, width - len(ids) :] = torch.tensor(ids)
-            attend[row, width - len(ids) :] = True
+        rows = [torch.tensor(problem.ids) for problem in problems]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=self.pad, padding_side="left")
+        lengths = torch.tensor([len(row) for row in rows])
+        attend = torch.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]
         return tokens, attend
 
     def decode(self, ids: Tensor) -> list[str]:
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def text(self, problem: int) -> str:
-        return self.questions[problem]
+    def text(self, problem: Question) -> str:
+        return problem.text
 
-    def rewards(self, problems: list[int], responses: list[str]) -> Tensor:
+    def rewards(self, problems: list[Question], responses: list[str]) -> Tensor:
         """1.0 where math-verify finds the answer in the response, else 0.0. A fork begins here."""
         from math_verify import parse, verify
 
         rewards = []
         for problem, response in zip(problems, responses, strict=True):
-            right = verify(parse(self.answers[problem]), parse(response))
+            right = verify(parse(problem.answer), parse(response))
             rewards.append(1.0 if right else 0.0)
         return torch.tensor(rewards)
 
 
-def read_questions(path: Path) -> tuple[list[str], list[str]]:
+def read_questions(path: Path) -> list[tuple[str, str]]:
     """Questions and answers, as GSM8K writes them (the answer follows ####) or bare."""
     if importlib.util.find_spec("math_verify") is None:
         raise InputError("checking answers needs math-verify: pip install math-verify")
     if not path.is_file():
         raise InputError(f'--checkpoint needs --data, a JSON-lines file; "{path}" is none')
-    questions = []
-    answers = []
+    written = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
                 answer = str(row["answer"]).split("####")[-1].strip()
-                questions.append(str(row["question"]))
                 # math-verify reads LaTeX only where it is marked as such.
-                answers.append(f"${answer}$" if "\\" in answer else answer)
+                marked = f"${answer}$" if "\\" in answer else answer
+                written.append((str(row["question"]), marked))
             except (ValueError, KeyError, TypeError) as error:
                 wanted = '{"question": ..., "answer": ...}'
                 raise InputError(f"line {number} of {path} is not {wanted}: {error!r}") from error
-    if not questions:
-        raise InputError(f"{path} is empty; expected a question and an answer in each line")
-    return questions, answers
+    return written
 
 
 def end_tokens(folder: Path, tokenizer) -> list[int]:
@@ -583,10 +582,8 @@ def build_task(settings: Settings) -> tuple[AdditionTask | Questions, ModelConfi
         hf_config, _ = pr2_mini.read_hf_configs(Path(settings.checkpoint))
         config = pr2_mini.config_from(hf_config)
         task = Questions(settings)
-        longest = max(len(ids) for ids in task.ids if len(ids) <= settings.prompt_length)
     else:
         task = AdditionTask(settings.operands, settings.largest)
-        longest = task.prompt_length
         config = ModelConfig(
             vocab_size=len(task.characters),
             num_hidden_layers=settings.layers,
@@ -596,9 +593,9 @@ def build_task(settings: Settings) -> tuple[AdditionTask | Questions, ModelConfi
             norm_topk_prob=settings.experts_per_token > 1,
         )
     length = settings.max_new_tokens or task.response_length
-    if longest + length > config.max_position_embeddings:
+    if task.prompt_length + length > config.max_position_embeddings:
         raise InputError(
-            f"prompts of {longest} and responses of {length} tokens exceed the model's "
+            f"prompts of {task.prompt_length} and responses of {length} tokens exceed the model's "
             f"{config.max_position_embeddings} positions; lower --max-new-tokens"
         )
     rl = dataclasses.replace(settings, max_new_tokens=length, eos=task.eos, pad=task.pad)
