@@ -784,10 +784,17 @@ def bar_text(history: list[dict]) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------- 7. What a run tells its reader
+PHASES = ("rollout", "old_pass", "update")  # of an RL step, each with its seconds
+
+
 def mean_of(rows: list[dict], name: str) -> float:
     """The mean over those rows that have a number there."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return statistics.fmean(values) if values else math.nan
+
+
+def ending(text: str) -> str:
+    return " ".join(text.split())[-24:]
 
 
 def report(settings, folder, model, task, rl, history, examples, before, picture) -> None:
@@ -798,39 +805,35 @@ def report(settings, folder, model, task, rl, history, examples, before, picture
     if RANK > 0:
         return
     print(f"\n{'held-out problem':<24} {'before RL':<32} after RL")
-    right = {}
-    for column, responses in (("before", before), ("after", after)):
-        right[column] = task.rewards(examples, responses).tolist()
-    for number, problem in enumerate(examples):
-        cells = []
-        for column, responses in (("before", before), ("after", after)):
-            verdict = "right" if right[column][number] else "wrong"
-            cells.append(f"{' '.join(responses[number].split())[-24:]:<24} {verdict:<7}")
-        print(f"{' '.join(task.text(problem).split())[-24:]:<24} {''.join(cells)}")
-    for column in ("before", "after"):
-        print(f"right {column:<10} {sum(right[column]):.0f} of {len(examples)}")
+    right_before = task.rewards(examples, before).tolist()
+    right_after = task.rewards(examples, after).tolist()
+    for i, problem in enumerate(examples):
+        line = f"{ending(task.text(problem)):<24} "
+        for response, right in ((before[i], right_before[i]), (after[i], right_after[i])):
+            line += f"{ending(response):<24} {'right' if right else 'wrong':<7}"
+        print(line)
+    print(f"right before     {sum(right_before):.0f} of {len(examples)}")
+    print(f"right after      {sum(right_after):.0f} of {len(examples)}")
     first = history[:10]
     last = history[-10:]
     for name in ("reward", "held_out_accuracy", "greedy_accuracy", "entropy", "truncated"):
         print(f"{name:<17} {mean_of(first, name):.3f} -> {mean_of(last, name):.3f}")
+    mean = {name: mean_of(history, name) for name in history[0]}
     for i in range(1, rl.mini_steps + 1):
-        shares = []
-        for name in ("agreement", "stale_agreement", "no_deviation", "stale_no_deviation"):
-            shares.append(f"{100 * mean_of(history, f'{name}/{i}'):.2f}")
-        slots, stale_slots, sets, stale_sets = shares
         print(
-            f"agreement/{i:<7} {slots} % of slots (stale replay {stale_slots} %), "
-            f"{sets} % of sets (stale replay {stale_sets} %)"
+            f"agreement/{i:<7} {100 * mean[f'agreement/{i}']:.2f} % of slots "
+            f"(stale replay {100 * mean[f'stale_agreement/{i}']:.2f} %), "
+            f"{100 * mean[f'no_deviation/{i}']:.2f} % of sets "
+            f"(stale replay {100 * mean[f'stale_no_deviation/{i}']:.2f} %)"
         )
     print(f"largest ratio     {max(map(largest_ratio, history)):.3g}")
     print(
-        f"engine mismatch   {100 * mean_of(history, 'mismatch_route'):.2f} % of sets, "
-        f"{100 * mean_of(history, 'mismatch_token'):.2f} % of tokens in some layer, "
-        f"mean |log mu_old - log pi_old| {mean_of(history, 'mismatch_logprob'):.4f}"
+        f"engine mismatch   {100 * mean['mismatch_route']:.2f} % of sets, "
+        f"{100 * mean['mismatch_token']:.2f} % of tokens in some layer, "
+        f"mean |log mu_old - log pi_old| {mean['mismatch_logprob']:.4f}"
     )
-    phases = ("seconds_rollout", "seconds_old_pass", "seconds_update")
-    spent = ", ".join(f"{name[8:]} {mean_of(history, name):.3f}" for name in phases)
-    print(f"seconds per step  {spent}")
+    spent = [f"{phase} {mean['seconds_' + phase]:.3f}" for phase in PHASES]
+    print(f"seconds per step  {', '.join(spent)}")
     print(f"wrote             {folder / 'metrics.jsonl'}")
     if exported is not None:
         print(f"wrote             {exported}")
@@ -1002,8 +1005,7 @@ def summary(history: list[dict]) -> dict[str, float | None]:
     columns["mismatch_logprob"] = mean_of(settled, "mismatch_logprob")
     columns["mismatch_route"] = 100 * mean_of(settled, "mismatch_route")
     columns["mismatch_token"] = 100 * mean_of(settled, "mismatch_token")
-    phases = ("seconds_rollout", "seconds_old_pass", "seconds_update")
-    columns["seconds a step"] = sum(mean_of(settled, name) for name in phases)
+    columns["seconds a step"] = sum(mean_of(settled, f"seconds_{phase}") for phase in PHASES)
     columns["skipped updates"] = sum(skipped(row) for row in history)
     return {name: value if math.isfinite(value) else None for name, value in columns.items()}
 
@@ -1199,8 +1201,9 @@ def benchmark(settings: Settings, rounds: int = 20) -> int:
     print("| --- | --- | --- | --- | --- | --- |")
     for (name, kept), times in zip(rows.items(), taken, strict=True):
         phases = []
-        for phase in ("seconds_rollout", "seconds_old_pass", "seconds_update"):
-            phases.append(f"{1000 * statistics.median(row[phase] for row in kept[1:]):.0f}")
+        for phase in PHASES:
+            seconds = statistics.median(row[f"seconds_{phase}"] for row in kept[1:])
+            phases.append(f"{1000 * seconds:.0f}")
         over = statistics.median(a / b for a, b in zip(times, taken[0], strict=True))
         whole = statistics.median(times)
         print(f"| {name} | {' | '.join(phases)} | {whole:.0f} | {100 * (over - 1):+.1f} % |")
