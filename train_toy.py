@@ -1126,34 +1126,40 @@ def draw_routes(plot, figure, tokens: list[str], states: Tensor) -> None:
 
 def draw_comparison(plot, table: dict, histories: dict[str, list[list[dict]]], path: Path) -> None:
     """compare.png: reward, held-out accuracy, agreement by mini-step, and the largest ratio."""
-    figure, axes = plot.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
-    (reward, held_out), (agreement, largest) = axes
+    figure, grid = plot.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
+    reward, held_out, agreement, largest = grid.flat
     for number, (variant, runs) in enumerate(histories.items()):
         look = {"color": COLOURS[number % 8], "marker": "osv^DPX*"[number % 8], "linewidth": 1}
-        for panel, name, smooth in ((reward, "reward", 10), (held_out, "held_out_accuracy", 1)):
-            x, _ = curve(runs[0], name)
-            over_seeds = [curve(run, name)[1] for run in runs]
-            means = [statistics.fmean(values) for values in zip(*over_seeds, strict=True)]
-            y = [statistics.fmean(means[max(0, j - smooth + 1) : j + 1]) for j in range(len(means))]
-            panel.plot(x, y, label=variant, markevery=max(1, len(x) // 8), markersize=4, **look)
-        kappa = len(mini_steps(runs[0][0], "agreement"))
-        x = range(1, kappa + 1)
-        y = [table[variant][f"agreement/{i}"][0] for i in x]
-        agreement.plot(x, y, markersize=5, **look)
-        stale = [table[variant][f"stale_agreement/{i}"][0] for i in x]
-        agreement.plot(x, stale, ":", color=look["color"], linewidth=1)
-        peaks = [max(largest_ratio(row) for row in rows) for rows in zip(*runs, strict=True)]
-        steps = range(1, 1 + len(peaks))
-        largest.semilogy(steps, peaks, markevery=max(1, len(peaks) // 8), markersize=4, **look)
+        mini = range(1, len(mini_steps(runs[0][0], "agreement")) + 1)
+        shares = [table[variant][f"agreement/{i}"][0] for i in mini]
+        stale = [table[variant][f"stale_agreement/{i}"][0] for i in mini]
+        peaks = [max(map(largest_ratio, rows)) for rows in zip(*runs, strict=True)]
+        curves = [
+            (reward, *curve_over_seeds(runs, "reward", smooth=10)),
+            (held_out, *curve_over_seeds(runs, "held_out_accuracy")),
+            (agreement, mini, shares),
+            (largest, range(1, len(peaks) + 1), peaks),
+        ]
+        for axes, x, y in curves:
+            axes.plot(x, y, label=variant, markevery=max(1, len(x) // 8), markersize=4, **look)
+        agreement.plot(mini, stale, ":", color=look["color"], linewidth=1)
     reward.set(title="Sampled reward (mean of 10 batches)", xlabel="rollout batch")
     held_out.set(title="Held-out accuracy, training engine", xlabel="rollout batch")
     agreement.set(title="Recorded experts that are still current, %")
     agreement.set_xlabel("mini-step; dotted: stale counterfactual")
     agreement.xaxis.get_major_locator().set_params(integer=True)
-    largest.set(title="Largest PPO ratio of any seed", xlabel="rollout batch")
+    largest.set(title="Largest PPO ratio of any seed", xlabel="rollout batch", yscale="log")
     reward.legend(frameon=False)
     figure.savefig(path, dpi=100)
     plot.close(figure)
+
+
+def curve_over_seeds(runs: list[list[dict]], name: str, smooth: int = 1) -> tuple[list, list]:
+    """The mean over runs, and over the last `smooth` values of it."""
+    x, _ = curve(runs[0], name)
+    means = [mean_of([run[step - 1] for run in runs], name) for step in x]
+    y = [statistics.fmean(means[max(0, j - smooth) : j]) for j in range(1, len(means) + 1)]
+    return x, y
 
 
 # -------------------------------------------------------------------------------- 10. Benchmark
