@@ -939,18 +939,17 @@ def compare(given: dict, variants: list[str], seeds: int, out: str) -> int:
         for variant in variants:
             values = {"steps": 60, **given, **parse_variant(variant), "seed": seed}
             settings = make_settings(values)
-            build_task(settings)
             name = f"{settings.method}-seed{seed}-{digest(as_dict(settings))}"
-            if name in [other for other, _ in runs.values()]:
+            if name in runs:
                 raise InputError(f"--compare names {variant} twice")
-            runs[variant, seed] = (name, settings)
+            runs[name] = (variant, settings, build_task(settings))
     folder = Path(out or f"runs/compare-{digest([given, variants, seeds])}")
     with claim(folder):
         histories = {variant: [] for variant in variants}
-        with tqdm(total=sum(settings.steps for _, settings in runs.values())) as bar:
-            for (variant, _), (name, settings) in runs.items():
+        with tqdm(total=sum(settings.steps for _, settings, _ in runs.values())) as bar:
+            for name, (variant, settings, built) in runs.items():
                 bar.set_description(name)
-                histories[variant].append(run_of_comparison(settings, folder / name, bar))
+                histories[variant].append(run_of_comparison(settings, built, folder / name, bar))
         columns = {variant: [summary(run) for run in runs] for variant, runs in histories.items()}
         table = table_of(columns)
         result = {"given": given, "seeds": seeds, "table": table, "runs": columns}
@@ -964,7 +963,7 @@ def compare(given: dict, variants: list[str], seeds: int, out: str) -> int:
     return 0
 
 
-def run_of_comparison(settings: Settings, folder: Path, bar: tqdm) -> list[dict]:
+def run_of_comparison(settings: Settings, built: tuple, folder: Path, bar: tqdm) -> list[dict]:
     """A run's rows. A finished one has metrics and, to save space, no checkpoint."""
     log = folder / "metrics.jsonl"
     unfinished = bool(checkpoints_of(folder))
@@ -972,7 +971,7 @@ def run_of_comparison(settings: Settings, folder: Path, bar: tqdm) -> list[dict]
         bar.update(settings.steps)
         return read_metrics(log, settings.steps)
     with claim(folder):
-        history = train(settings, build_task(settings), folder, unfinished, bar, alone=False)
+        history = train(settings, built, folder, unfinished, bar, alone=False)
         done = folder / "checkpoint.partial"
         (folder / "checkpoint").rename(done)  # finished, from here on
         shutil.rmtree(done)
