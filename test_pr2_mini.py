@@ -1284,7 +1284,7 @@ def test_folder_that_is_not_empty_is_refused_and_left_alone(name, message, base,
     (tmp_path / name).write_text("precious")
     assert message in refusal(f"{base} --out {tmp_path}")
     assert (tmp_path / name).read_text() == "precious"
-    assert "cannot write the folder" in refusal(f"{base} --out {tmp_path / name}")
+    assert "cannot write" in refusal(f"{base} --out {tmp_path / name}")
 
 
 @parametrize("flags", ["--out", "--resume", f"{SMALL} --compare r3 --out"])
@@ -1314,7 +1314,7 @@ def die_after(monkeypatch, owner, name, call):
         (train_toy, "open_device", 1, False),
         (train_toy.os, "replace", 1, False),  # config.json is there
         (train_toy.dcp, "save", 1, False),
-        (train_toy.os, "replace", 3, False),  # step.partial is complete, but not yet step-0
+        (train_toy.os, "replace", 2, False),  # step.partial is complete, but not yet step-0
         (Path, "rename", 2, True),  # step-0 is there
         (train_toy.dcp, "save", 2, True),  # the weights are there, progress.json is not
         (Path, "rename", 6, True),  # step-8 is there, and step-0 still is

@@ -223,11 +223,9 @@ def claim(folder: Path) -> Iterator[None]:
     if RANK > 0:
         yield
         return
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"cannot write the folder {folder}: {error.strerror}") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # on a file system without locks another one than BlockingIOError
@@ -276,11 +274,8 @@ def read_metrics(path: Path, steps: int) -> list[dict]:
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first; each appeared by a rename."""
-    return sorted((folder / "checkpoint").glob("step-*"), key=step_of)
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    found = (folder / "checkpoint").glob("step-*")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def prepare_folder(folder: Path) -> None:
@@ -288,12 +283,10 @@ def prepare_folder(folder: Path) -> None:
     that was killed before its first checkpoint was complete."""
     if checkpoints_of(folder):
         raise InputError(f"{folder} holds a run; --resume it, or choose another --out")
-    log = folder / "metrics.jsonl"
-    ours = {"config.json", "config.json.partial", "checkpoint", log.name, f"{log.name}.partial"}
-    foreign = {path.name for path in folder.iterdir()} - ours
-    if foreign or (log.exists() and log.stat().st_size > 0):
-        name = min(foreign, default=log.name)
-        raise InputError(f"{folder} holds {name}; choose an empty folder for --out")
+    left = {"config.json", "config.json.partial", "checkpoint"}
+    foreign = {path.name for path in folder.iterdir()} - left
+    if foreign:
+        raise InputError(f"{folder} holds {min(foreign)}; choose an empty folder for --out")
 
 
 def tensors_of(model: MoETransformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -351,7 +344,8 @@ def load_checkpoint(folder: Path, model: MoETransformer, tensors: dict) -> dict:
         raise InputError(f"{folder} has no checkpoint; start the run again with --out {folder}")
     path = checkpoints[-1]
     progress = read_json(path / "progress.json")
-    if progress.keys() != {"before", "history"} or len(progress["history"]) != step_of(path):
+    complete = progress.keys() == {"before", "history"}
+    if not complete or path.name != f"step-{len(progress['history'])}":
         raise InputError(f"{path / 'progress.json'} is damaged or of another version")
     try:
         dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
@@ -676,7 +670,9 @@ def train(
     optimizer = pr2_mini.make_optimizer(model, rl)
     rates = [group["lr"] for group in optimizer.param_groups]
     tensors = tensors_of(model, optimizer)
-    examples = showcase(task)
+    # Eight different held-out problems, the same before and after RL.
+    drawn = task.problems(64, generator_for("showcase"), held_out=True)
+    examples = list(dict.fromkeys(drawn))[:8]
     log = folder / "metrics.jsonl"
 
     # Maybe resume.
@@ -687,11 +683,12 @@ def train(
     else:
         progress = {"before": answer(model, task, rl, examples, 1.0), "history": []}
     history = progress["history"]
-    if RANK == 0:  # with the new --steps of a resumed run, without its lines after the checkpoint
+    if RANK == 0:  # with the new --steps of a resumed run
         write_file(folder / "config.json", json.dumps(as_dict(settings), indent=2) + "\n")
-        write_file(log, "".join(json.dumps(row) + "\n" for row in history))
     if not resume:
         save_checkpoint(folder, tensors, progress)
+    if RANK == 0:  # without the lines after the checkpoint
+        write_file(log, "".join(json.dumps(row) + "\n" for row in history))
 
     # Loop.
     bar.update(len(history))
@@ -744,12 +741,6 @@ def train(
         bar.close()
         report(settings, folder, model, task, rl, history, examples, progress["before"], picture)
     return history
-
-
-def showcase(task) -> list:
-    """Eight different held-out problems, the same before and after RL."""
-    drawn = task.problems(64, generator_for("showcase"), held_out=True)
-    return list(dict.fromkeys(drawn))[:8]
 
 
 def skipped(row: dict) -> int:
@@ -967,7 +958,7 @@ def run_of_comparison(settings: Settings, built: tuple, folder: Path, bar: tqdm)
     """A run's rows. A finished one has metrics and, to save space, no checkpoint."""
     log = folder / "metrics.jsonl"
     unfinished = bool(checkpoints_of(folder))
-    if not unfinished and log.exists() and log.stat().st_size > 0:
+    if not unfinished and log.exists():
         bar.update(settings.steps)
         return read_metrics(log, settings.steps)
     with claim(folder):
@@ -1075,10 +1066,12 @@ def pyplot():
     return plot
 
 
-def curve(history: list[dict], name: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
-    """Where a run has a number of that name, and the numbers."""
-    rows = [row for row in history if row.get(name) is not None]
-    return [row["step"] for row in rows], [scale * row[name] for row in rows]
+def curve(runs: list[list[dict]], name: str, smooth: int = 1) -> tuple[list[int], list[float]]:
+    """Where runs have a number of that name, and its mean over them and the last `smooth` rows."""
+    x = [row["step"] for row in runs[0] if row.get(name) is not None]
+    means = [mean_of([run[step - 1] for run in runs], name) for step in x]
+    y = [statistics.fmean(means[max(0, j - smooth) : j]) for j in range(1, len(means) + 1)]
+    return x, y
 
 
 def draw_run(plot, history: list[dict], states, path: Path) -> None:
@@ -1095,8 +1088,8 @@ def draw_run(plot, history: list[dict], states, path: Path) -> None:
         (agreement, f"stale_agreement/{last}", 100, "#000000", ":", "stale replay there"),
     ]
     for axes, name, scale, colour, line, label in curves:
-        x, y = curve(history, name, scale)
-        axes.plot(x, y, line, color=colour, label=label, linewidth=1)
+        x, y = curve([history], name)
+        axes.plot(x, [scale * value for value in y], line, color=colour, label=label, linewidth=1)
         axes.legend(frameon=False)
     reward.set(title="Share of right answers", xlabel="rollout batch")
     agreement.set(title="Recorded experts that are still current, %", xlabel="rollout batch")
@@ -1117,9 +1110,8 @@ def draw_routes(plot, figure, tokens: list[str], states: Tensor) -> None:
     grid.set_yticks([layer + 0.5 for layer in range(len(states))], range(1, 1 + len(states)))
     grid.invert_yaxis()
     grid.tick_params(length=0)
-    patches = []
-    for name, colour in STATES.items():
-        patches.append(plot.matplotlib.patches.Patch(color=colour, label=name))
+    Patch = plot.matplotlib.patches.Patch
+    patches = [Patch(color=colour, label=name) for name, colour in STATES.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False)
 
 
@@ -1134,8 +1126,8 @@ def draw_comparison(plot, table: dict, histories: dict[str, list[list[dict]]], p
         stale = [table[variant][f"stale_agreement/{i}"][0] for i in mini]
         peaks = [max(map(largest_ratio, rows)) for rows in zip(*runs, strict=True)]
         curves = [
-            (reward, *curve_over_seeds(runs, "reward", smooth=10)),
-            (held_out, *curve_over_seeds(runs, "held_out_accuracy")),
+            (reward, *curve(runs, "reward", smooth=10)),
+            (held_out, *curve(runs, "held_out_accuracy")),
             (agreement, mini, shares),
             (largest, range(1, len(peaks) + 1), peaks),
         ]
@@ -1151,14 +1143,6 @@ def draw_comparison(plot, table: dict, histories: dict[str, list[list[dict]]], p
     reward.legend(frameon=False)
     figure.savefig(path, dpi=100)
     plot.close(figure)
-
-
-def curve_over_seeds(runs: list[list[dict]], name: str, smooth: int = 1) -> tuple[list, list]:
-    """The mean over runs, and over the last `smooth` values of it."""
-    x, _ = curve(runs[0], name)
-    means = [mean_of([run[step - 1] for run in runs], name) for step in x]
-    y = [statistics.fmean(means[max(0, j - smooth) : j]) for j in range(1, len(means) + 1)]
-    return x, y
 
 
 # -------------------------------------------------------------------------------- 10. Benchmark
@@ -1256,14 +1240,15 @@ def run(given: dict, out: str, resume: str) -> int:
     """A single run, new or resumed; returns the exit code."""
     if resume:
         folder = Path(resume)
-        saved = parse_values(read_json(folder / "config.json"), str(folder / "config.json"))
+        path = folder / "config.json"
+        saved = parse_values(read_json(path), str(path))
         for name, value in given.items():
             if name not in MAY_CHANGE and saved.get(name) != value:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {value} contradicts {folder}, {saved.get(name)}")
         missing = {field.name for field in SETTINGS} - saved.keys()
         if missing:
-            raise InputError(f"{folder / 'config.json'} lacks {min(missing)}")
+            raise InputError(f"{path} lacks {min(missing)}")
         settings = make_settings({**saved, **given})
     else:
         settings = make_settings(given)
