@@ -378,19 +378,19 @@ def test_finished_responses_do_not_change_the_others_and_negative_eos_never_ends
     assert torch.equal(ending.tokens[ending.attend], endless.tokens[ending.attend])
 
 
-def test_prompt_may_begin_with_the_id_of_padding(model):
-    prompts, attend = padded_batch(5, 5)
-    prompts[:, :2] = PAD
-    given = sample(model, prompts, attend=attend)
-    same_response(given, sample(model, prompts, pad=18))
-
-
-def test_only_leading_pads_are_padding_and_their_id_may_be_that_of_the_end(model):
-    prompts, attend = padded_batch(5, 3)
-    prompts[~attend] = EOS
-    prompts[:, 3] = EOS
+@parametrize(
+    ("lengths", "token", "column", "pad"),
+    [
+        ((5, 5), PAD, 0, 18),  # a prompt may begin with the id of padding
+        ((5, 3), EOS, 3, EOS),  # and padding may have the id of the end, which is real elsewhere
+    ],
+)
+def test_attend_tells_padding_from_tokens_of_its_id(lengths, token, column, pad, model):
+    prompts, attend = padded_batch(*lengths)
+    prompts[~attend] = token
+    prompts[:, column] = token
     given = sample(model, prompts, attend=attend, samples=8)
-    same_response(given, sample(model, prompts, pad=EOS, samples=8))
+    same_response(given, sample(model, prompts, pad=pad, samples=8))
 
 
 def test_each_prompt_has_its_own_horizon(model):
@@ -886,7 +886,13 @@ def test_slips_make_solutions_wrong(slip, right):
 HF_TOKENS = torch.tensor([[0, 0, 5, 6, 11], [7, 8, 9, 10, 12]])  # 0 is padding
 HF_REAL = HF_TOKENS != 0
 GATE = "model.layers.1.mlp.gate.weight"
-needs_transformers = pytest.mark.skipif(transformers is None, reason="pip install transformers")
+needs_extras = pytest.mark.usefixtures("extras")
+
+
+@pytest.fixture(scope="session")
+def extras():
+    if transformers is None or importlib.util.find_spec("math_verify") is None:
+        pytest.skip("pip install transformers math-verify")
 
 
 def hf_model(kind, folder, **changes):
@@ -906,6 +912,12 @@ def hf_model(kind, folder, **changes):
             nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(folder)
     return model
+
+
+def edit_json(path, name, value):
+    content = json.loads(path.read_text())
+    content[name] = value
+    path.write_text(json.dumps(content))
 
 
 def load(folder, dtype=torch.float32):
@@ -930,10 +942,8 @@ def compare(model, theirs, **forward):
 
 
 @pytest.fixture(params=["qwen3_moe", "olmoe", "mixtral"])
-def saved(request, tmp_path):
+def saved(extras, request, tmp_path):
     """A model of transformers, and the same loaded from tmp_path / "model"."""
-    if transformers is None:
-        pytest.skip("pip install transformers")
     theirs = hf_model(request.param, tmp_path / "model")
     return theirs, randomise_predictor(load(tmp_path / "model"))
 
@@ -945,7 +955,7 @@ def test_loaded_model_routes_computes_and_replays_as_transformers_does(saved):
     compare(model, theirs, replay=trace.experts.flip(-1))
 
 
-@needs_transformers
+@needs_extras
 @parametrize("kind", ["qwen3_moe", "olmoe"])
 @parametrize("value", [True, False])
 def test_loaded_model_heeds_its_config(kind, value, tmp_path):
@@ -999,7 +1009,7 @@ def test_folded_folder_routes_by_the_prediction_in_any_engine(saved, tmp_path):
     assert not predictor_weights(load(tmp_path / "folded")).any()
 
 
-@needs_transformers
+@needs_extras
 @parametrize("qk_norm", ["head", "full", "none"])
 def test_model_built_here_is_saved_as_the_family_of_its_norm(qk_norm, tmp_path):
     model = tiny_model(qk_norm=qk_norm).cpu()
@@ -1007,7 +1017,7 @@ def test_model_built_here_is_saved_as_the_family_of_its_norm(qk_norm, tmp_path):
     compare(model, hf_load(tmp_path / "model"))
 
 
-@needs_transformers
+@needs_extras
 def test_refused_save_writes_nothing(model, tmp_path):
     with pytest.raises(InputError, match="exists; choose another folder"):
         model.save_pretrained(tmp_path)
@@ -1017,7 +1027,7 @@ def test_refused_save_writes_nothing(model, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@needs_transformers
+@needs_extras
 @parametrize("error", [OSError, KeyboardInterrupt])
 def test_failure_while_saving_leaves_nothing_behind(error, model, tmp_path, monkeypatch):
     def fail(*_):
@@ -1029,7 +1039,7 @@ def test_failure_while_saving_leaves_nothing_behind(error, model, tmp_path, monk
     assert not any(tmp_path.iterdir())
 
 
-@needs_transformers
+@needs_extras
 @parametrize(
     ("name", "value"),
     [
@@ -1046,42 +1056,37 @@ def test_failure_while_saving_leaves_nothing_behind(error, model, tmp_path, monk
 )
 def test_setting_that_is_not_implemented_is_refused_by_name(name, value, tmp_path):
     hf_model("olmoe", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config[name] = value
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    edit_json(tmp_path / "config.json", name, value)
     with pytest.raises(InputError, match=name.replace("_", ".")):  # "rope scaling"
         load(tmp_path)
 
 
-@needs_transformers
+@needs_extras
 @parametrize(
     ("edit", "message"),
     [
         (lambda weights: weights.pop(GATE), f"missing_keys, as {GATE}"),
-        (lambda weights: weights.update(extra=torch.ones(2)), "unexpected_keys, as extra"),
-        (lambda weights: weights.update({GATE: torch.ones(7, 32)}), f"mismatched_keys, .*{GATE}"),
+        (lambda weights: weights.update(extra=H), "unexpected_keys, as extra"),
+        (lambda weights: weights.update({GATE: H[:7]}), f"mismatched_keys, .*{GATE}"),
         (lambda weights: weights[GATE][3, 3].fill_(math.nan), f"{GATE} .*not finite"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(edit, message, tmp_path):
-    hf_model("qwen3_moe", tmp_path)
-    weights = safetensors.load_file(tmp_path / "model.safetensors")
+def test_weights_that_do_not_fit_are_refused(edit, message, model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = safetensors.load_file(path)
     edit(weights)
-    safetensors.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    safetensors.save_file(weights, path, {"format": "pt"})
     with pytest.raises(InputError, match=message):
-        load(tmp_path)
+        load(tmp_path / "model")
 
 
-@needs_transformers
+@needs_extras
 @parametrize("name", ["config.json", "model.safetensors", "predictor/model.safetensors"])
-@parametrize("damage", ["truncated", "absent"])
+@parametrize("damage", [lambda path: os.truncate(path, 50), Path.unlink])
 def test_damaged_folder_is_refused(name, damage, model, tmp_path):
     model.save_pretrained(tmp_path / "model")
-    path = tmp_path / "model" / name
-    beginning = path.read_bytes()[:50]
-    path.unlink()
-    if damage == "truncated":
-        path.write_bytes(beginning)
+    damage(tmp_path / "model" / name)
     with pytest.raises(InputError, match=str(tmp_path / "model")):
         load(tmp_path / "model")
 
@@ -1185,13 +1190,10 @@ def same_run(folder, other):
         ("--meth r3", "unrecognized arguments: --meth r3"),
         ("--steps 0", "steps 0; expected a number of at least 1"),
         ("--seed -1", "seed -1; expected a number of at least 0"),
-        ("--temperature 0", "expected a temperature above 0"),
         ("--prompts 63", "63 prompts do not divide into 2 mini-steps"),
-        ("--experts 3", "num_experts_per_tok is 4; expected at most num_experts, 3"),
         ("--operands 1", "1 numbers up to 9 make too few sums"),
         ("--max-new-tokens 2043", "2048 positions; lower --max-new-tokens"),
         ("--compare pr2:alpha=big", 'pr2:alpha=big": argument --alpha: invalid float value'),
-        ("--compare ppo", "argument --method: invalid choice: 'ppo'"),
         ("--compare pr2:out=run", 'has "out", which is not a setting'),
         ("--compare pr2:seed=1", "changes seed, which is no setting of a variant"),
         ("--compare pr2:alpha=1e999", "alpha inf; expected"),
@@ -1229,8 +1231,6 @@ def test_bug_of_a_fork_keeps_its_traceback(mistake, base, tmp_path, monkeypatch)
 
 
 # ------------------------------------------------------------------------------ 3. A run's files
-
-
 def test_metrics_have_one_flat_line_for_each_rollout_batch(finished):
     history = rows(finished.folder)
     assert [row["step"] for row in history] == list(range(1, 11))
@@ -1360,9 +1360,6 @@ def test_more_steps_and_other_folders_may_be_given_on_resume_and_no_other_flags(
     ("name", "content", "message"),
     [
         ("config.json", '{"steps": true}', "argument --steps: invalid int value: 'True'"),
-        ("config.json", '{"alpha": "big"}', "argument --alpha: invalid float value: 'big'"),
-        ("config.json", '{"alpha": NaN}', "alpha nan; expected a number"),
-        ("config.json", '{"method": 3}', "argument --method: invalid choice: '3'"),
         ("config.json", '{"colour": 3}', 'has "colour", which is not a setting'),
         ("config.json", "{}", "config.json lacks alpha"),
         ("config.json", "[]", "config.json is damaged: expected a JSON object"),
@@ -1465,13 +1462,8 @@ def test_run_whose_last_update_is_skipped_says_so_and_fails(base, tmp_path):
 
 
 def test_run_that_recovers_says_how_many_updates_were_skipped(base, tmp_path, monkeypatch):
-    right = AdditionTask.rewards
-
-    def nan_at_first(task, problems, responses):
-        monkeypatch.setattr(AdditionTask, "rewards", right)
-        return torch.full((len(problems),), math.nan)
-
-    monkeypatch.setattr(AdditionTask, "rewards", nan_at_first)
+    rewards = [torch.full((16,), math.nan)] + [torch.tensor([1.0, 0.0] * 8)] * 10
+    monkeypatch.setattr(AdditionTask, "rewards", mock.Mock(side_effect=rewards))
     done = toy(f"{base} --steps 2 --out {tmp_path}")
     assert done.code == 0
     assert done.errors.endswith("\n2 updates were not finite and were skipped\n")
@@ -1480,8 +1472,6 @@ def test_run_that_recovers_says_how_many_updates_were_skipped(base, tmp_path, mo
 
 
 # ---------------------------------------------------------------------------------- 8. Comparison
-
-
 COMPARED = ["r3", "pr2:alpha=1e-2", "pr2:alpha=1e+2,predictor=momentum"]
 
 
@@ -1554,13 +1544,6 @@ def test_comparison_that_was_killed_goes_on_where_it_was(compared, tmp_path, mon
         assert rows(tmp_path / name) == rows(compared.folder / name)
 
 
-def history_of(finished, **changes):
-    """One rollout batch of a real run, with those numbers changed."""
-    row = rows(finished.folder)[0]
-    row.update(changes)
-    return [row]
-
-
 @parametrize(
     ("column", "value", "changes"),
     [
@@ -1573,17 +1556,18 @@ def history_of(finished, **changes):
     ],
 )
 def test_summary_of_a_known_run(column, value, changes, finished):
-    assert train_toy.summary(history_of(finished, **changes))[column] == pytest.approx(value)
+    row = rows(finished.folder)[0] | changes
+    assert train_toy.summary([row])[column] == pytest.approx(value)
 
 
 def test_summary_settles_after_ten_batches_and_takes_the_last_ten_rewards(finished):
-    history = []
-    for step in range(1, 31):
-        changes = {"reward": step, "agreement/2": 0.9 if step > 10 else 0.0}
-        history += history_of(finished, **changes)
-    found = train_toy.summary(history)
+    row = rows(finished.folder)[0]
+    first = [row | {"reward": 0.0, "agreement/2": 0.0}] * 10
+    settled = [row | {"reward": 0.0, "agreement/2": 0.9}] * 10
+    last = [row | {"reward": 0.5, "agreement/2": 0.9}] * 10
+    found = train_toy.summary(first + settled + last)
     assert found["agreement/2"] == pytest.approx(90)
-    assert found["reward"] == 25.5
+    assert found["reward"] == 0.5
 
 
 def test_table_has_means_and_students_intervals_of_paired_differences():
@@ -1627,7 +1611,7 @@ def test_picture_tells_what_prediction_caught_from_what_it_missed(recorded, stal
 
 
 # ----------------------------------------------------------------------------------- 10. Benchmark
-@needs_transformers
+@needs_extras
 def test_benchmark_prints_its_rows(capsys, monkeypatch):
     def call_twice(calls, rounds):
         for call in calls + calls:
@@ -1645,10 +1629,6 @@ def test_benchmark_prints_its_rows(capsys, monkeypatch):
 
 
 # ------------------------------------------------------------------ 5. Questions for a checkpoint
-needs_questions = pytest.mark.skipif(
-    transformers is None or importlib.util.find_spec("math_verify") is None,
-    reason="pip install transformers math-verify",
-)
 SPECIAL = ["<pad>", "<eos>", "<user>", "<bot>", "<bos>", "<system>"]  # ids 0 to 5
 TEMPLATE = (
     "<bos>{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -1679,10 +1659,8 @@ def save_tokenizer(folder, template=TEMPLATE, limits=False, **changes):
 
 
 @pytest.fixture(scope="session")
-def published(tmp_path_factory):
+def published(extras, tmp_path_factory):
     """The flags for a tiny checkpoint with a chat template and for 100 questions like GSM8K's."""
-    if needs_questions.args[0]:
-        return ""
     folder = tmp_path_factory.mktemp("published")
     tiny_model(vocab_size=262, max_position_embeddings=256).save_pretrained(folder / "model")
     save_tokenizer(folder / "model")
@@ -1716,7 +1694,6 @@ def other_tokenizer(published, tmp_path):
     return change
 
 
-@needs_questions
 @parametrize("limits", [False, True])  # a stored padding and truncation must not leak in
 @parametrize(
     ("template", "flags", "prompt"),
@@ -1731,21 +1708,17 @@ def test_prompt_is_templated_or_plain(template, flags, prompt, limits, other_tok
     assert task.tokenizer.decode(task.encode("What is 0 plus 0?")) == prompt
 
 
-@needs_questions
 @parametrize(
     ("config", "generation", "ends"),
     [(None, None, [1]), ([7, 8], None, [1, 7, 8]), (1, [9, 1], [1, 9]), (7, 9, [1, 7, 9])],
 )
 def test_every_end_token_ends_a_response(config, generation, ends, other_tokenizer, tmp_path):
     flags = other_tokenizer()
-    for name, value in (("config.json", config), ("generation_config.json", generation)):
-        content = train_toy.read_json(tmp_path / "model" / name)
-        content["eos_token_id"] = value
-        (tmp_path / "model" / name).write_text(json.dumps(content))
+    edit_json(tmp_path / "model" / "config.json", "eos_token_id", config)
+    edit_json(tmp_path / "model" / "generation_config.json", "eos_token_id", generation)
     assert asked(flags).eos == ends
 
 
-@needs_questions
 @parametrize("pad", [None, "<eos>"])
 def test_padding_may_be_the_end_token(pad, other_tokenizer):
     task = asked(other_tokenizer(pad_token=pad))
@@ -1755,7 +1728,6 @@ def test_padding_may_be_the_end_token(pad, other_tokenizer):
     assert attend.tolist() == [[True, True, True], [False, False, True]]
 
 
-@needs_questions
 def test_prompts_that_are_too_long_are_left_out_and_counted(published, tmp_path, capsys):
     path = tmp_path / "sums.jsonl"
     long = json.dumps({"question": 100 * "long ", "answer": 1}) + "\n"
@@ -1765,7 +1737,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(published, tmp_path,
     assert len(task.training + task.held_out) == 100
 
 
-@needs_questions
+@needs_extras
 @parametrize(
     ("written", "answer"),
     [("We add.\n#### 12", "12"), (" 12 ", "12"), (12, "12"), (r"#### \frac12", r"$\frac12$")],
@@ -1776,7 +1748,6 @@ def test_answer_is_what_follows_the_hashes_or_bare(written, answer, tmp_path):
     assert train_toy.read_questions(tmp_path / "one.jsonl") == [("a\u2028b\x85", answer)]
 
 
-@needs_questions
 @parametrize("line", ['{"question": "Why?"}', '{"question": ', "", "[1, 2]", "3"])
 def test_bad_line_is_named_by_its_number(line, published, tmp_path):
     path = tmp_path / "data.jsonl"
@@ -1784,7 +1755,6 @@ def test_bad_line_is_named_by_its_number(line, published, tmp_path):
     assert f"line 2 of {path} is not" in refusal(f"{published} --data {path}")
 
 
-@needs_questions
 @parametrize(
     ("changes", "flags", "message"),
     [
@@ -1803,7 +1773,6 @@ def test_bad_checkpoint_is_refused(changes, flags, message, other_tokenizer, tmp
     assert not (tmp_path / "run").exists()
 
 
-@needs_questions
 def test_missing_package_is_named_with_its_pip_command(published, monkeypatch):
     monkeypatch.setattr(train_toy.importlib.util, "find_spec", lambda _: None)
     assert refusal(published).endswith("pip install math-verify")
@@ -1811,18 +1780,16 @@ def test_missing_package_is_named_with_its_pip_command(published, monkeypatch):
         train_toy.open_device("cpu", sharded=True)
 
 
-@needs_questions
 def test_an_eighth_of_the_questions_is_held_out_and_never_trained_on(published):
     task = asked(published)
     held_out = set(task.problems(999, draws(), held_out=True))
     training = set(task.problems(9999, draws()))
-    assert len(training | held_out) == 100
-    for problem in training | held_out:
-        assert (zlib.crc32(problem.text.encode()) % 8 == 0) == (problem in held_out)
-    assert not training & held_out
+    checksums = [zlib.crc32(problem.text.encode()) % 8 for problem in training]
+    assert 0 not in checksums and not training & held_out
+    assert len(training) + len(held_out) == 100
 
 
-@needs_questions
+@needs_extras
 @parametrize(
     ("expected", "responses", "reward"),
     [
@@ -1842,9 +1809,6 @@ def test_reward_of_a_response(expected, responses, reward):
 
 
 # ------------------------------------------------------------------------------- Many processes
-needs_numpy = pytest.mark.skipif(
-    importlib.util.find_spec("numpy") is None, reason="pip install numpy"
-)
 TOGETHER = {method: {"method": method} for method in METHODS}
 TOGETHER["momentum"] = {"method": "pr2", "predictor": "momentum"}
 TOGETHER["micro-batches"] = {"method": "gspo", "micro_batch": 3}
@@ -1902,13 +1866,12 @@ def worker(folder, base, published):
     torch.save(found, f"{folder}/{train_toy.RANK}")
     dist.destroy_process_group = lambda: None  # one group is enough for all that follows
     assert toy(f"{base} --steps 8 --out {folder}/whole").code == 0
-    if published:
-        train_toy.Questions.rewards = lambda _, asked, texts: torch.tensor(
-            [len(text) % 3 / 2 for text in texts]  # which random responses differ in
-        )
-        rates = "--learning-rate 1e-3 --alpha 10 --router-multiplier 5"
-        sizes = "--prompts 4 --samples 4 --steps 2 --max-new-tokens 8"
-        assert toy(f"{published} {rates} {sizes} --out {folder}/trained").code == 0
+    train_toy.Questions.rewards = lambda _, asked, texts: torch.tensor(
+        [len(text) % 3 / 2 for text in texts]  # which random responses differ in
+    )
+    rates = "--learning-rate 1e-3 --alpha 10 --router-multiplier 5"
+    sizes = "--prompts 4 --samples 4 --steps 2 --max-new-tokens 8"
+    assert toy(f"{published} {rates} {sizes} --out {folder}/trained").code == 0
     if train_toy.RANK == 1:
         die_after(pytest.MonkeyPatch(), pr2_mini, "rl_step", call=6)
     toy(f"{base} --steps 8 --out {folder}/killed")
@@ -1936,7 +1899,6 @@ def together(base, published, tmp_path_factory):
     return SimpleNamespace(folder=folder, ranks=ranks, single=single)
 
 
-@needs_numpy
 @parametrize("case", list(TOGETHER))
 def test_two_processes_train_as_one_does(case, together):
     single = together.single[case]
@@ -1952,21 +1914,12 @@ def test_two_processes_train_as_one_does(case, together):
             assert row["skipped/2"] == (case == "not finite")
 
 
-@needs_numpy
 def test_killed_job_resumes_to_the_same_bits_on_as_many_processes(together, tmp_path):
     folder = shutil.copytree(together.folder / "killed", tmp_path / "run")
     assert newest(folder) == "step-4"
     done = torchrun(train_toy.__file__, "--resume", str(folder))
     assert done.returncode == 0, done.stderr
     same_run(folder, together.folder / "whole")
-
-
-@needs_numpy
-def test_killed_job_resumes_on_one_process(together, tmp_path):
-    folder = shutil.copytree(together.folder / "killed", tmp_path / "run")
-    assert toy(f"--resume {folder}").code == 0
-    assert rows(folder)[:4] == rows(together.folder / "whole")[:4]
-    assert [row["step"] for row in rows(folder)] == list(range(1, 9))
 
 
 @parametrize(
@@ -1978,7 +1931,6 @@ def test_bad_flag_under_torchrun_is_refused(flags, message, monkeypatch):
     assert message in refusal(flags)
 
 
-@needs_questions
 def test_job_trains_a_checkpoint_in_float32(together, published):
     before = load(published.split()[1]).state_dict()
     after = load(together.folder / "trained" / "model-2").state_dict()
@@ -1990,7 +1942,6 @@ def test_job_trains_a_checkpoint_in_float32(together, published):
     assert {tensor.properties.dtype for tensor in kept} == {torch.float32}
 
 
-@needs_questions
 def test_trained_checkpoint_generates_in_transformers(together):
     folder = together.folder / "trained" / "model-2"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -2000,7 +1951,6 @@ def test_trained_checkpoint_generates_in_transformers(together):
     assert torch.equal(tokens, rollout.tokens[:, : tokens.shape[1]])
 
 
-@needs_questions
 def test_job_goes_on_in_one_process_with_moved_files(together, other_tokenizer, tmp_path):
     folder = shutil.copytree(together.folder / "trained", tmp_path / "run")
     done = toy(f"--resume {folder} --steps 3 {other_tokenizer()}")
