@@ -62,6 +62,11 @@ PREDICTORS = ("learned", "momentum")
 PRECISIONS = ("fp32", "bf16", "fp8")
 
 
+def table(names, *rows):
+    """A test for each row."""
+    return parametrize(names, rows)
+
+
 def tiny_config(**changes):
     settings = {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8}
     settings.update(moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2)
@@ -131,25 +136,23 @@ def gradients(model, tokens, **forward):
 
 
 # ---------------------------------------------------------------------- 1. Router and predictor
-@parametrize(
+@table(
     ("make", "message"),
-    [
-        (lambda: tiny_config(num_experts_per_tok=9), "num_experts_per_tok is 9; expected at most"),
-        (lambda: tiny_config(num_experts_per_tok=1), "top-1 never learns under norm_topk_prob"),
-        (lambda: tiny_config(num_key_value_heads=3), "num_attention_heads / num_key_value_heads"),
-        (lambda: tiny_config(head_dim=7), "head_dim / 2"),
-        (lambda: tiny_config(qk_norm="layer"), 'qk_norm is "layer"'),
-        (lambda: tiny_config(hidden_size=0), "hidden_size is 0"),
-        (lambda: tiny_model(max_position_embeddings=7)(TOKENS), "8 positions exceed"),
-        (lambda: tiny_model()(TOKENS, replay=ROUTE[..., :1]), "the routes have shape"),
-        (lambda: tiny_model()(TOKENS, replay=ROUTE.float()), "have dtype torch.float32"),
-        (lambda: tiny_model()(TOKENS, replay=ROUTE + 7), "outside 0..7"),
-        (lambda: tiny_model()(TOKENS, replay=ROUTE - 1), "outside 0..7"),
-        (lambda: tiny_model()(TOKENS, replay=ROUTE // 8), "one expert twice"),
-        (lambda: tiny_settings(method="ppo"), 'method is "ppo"; expected one of'),
-        (lambda: run_step(tiny_model(), tiny_settings(mini_steps=3)), "4 prompts do not divide"),
-        (lambda: AdditionTask(2, 8), "too few sums"),
-    ],
+    (lambda: tiny_config(num_experts_per_tok=9), "num_experts_per_tok is 9; expected at most"),
+    (lambda: tiny_config(num_experts_per_tok=1), "top-1 never learns under norm_topk_prob"),
+    (lambda: tiny_config(num_key_value_heads=3), "num_attention_heads / num_key_value_heads"),
+    (lambda: tiny_config(head_dim=7), "head_dim / 2"),
+    (lambda: tiny_config(qk_norm="layer"), 'qk_norm is "layer"'),
+    (lambda: tiny_config(hidden_size=0), "hidden_size is 0"),
+    (lambda: tiny_model(max_position_embeddings=7)(TOKENS), "8 positions exceed"),
+    (lambda: tiny_model()(TOKENS, replay=ROUTE[..., :1]), "the routes have shape"),
+    (lambda: tiny_model()(TOKENS, replay=ROUTE.float()), "have dtype torch.float32"),
+    (lambda: tiny_model()(TOKENS, replay=ROUTE + 7), "outside 0..7"),
+    (lambda: tiny_model()(TOKENS, replay=ROUTE - 1), "outside 0..7"),
+    (lambda: tiny_model()(TOKENS, replay=ROUTE // 8), "one expert twice"),
+    (lambda: tiny_settings(method="ppo"), 'method is "ppo"; expected one of'),
+    (lambda: run_step(tiny_model(), tiny_settings(mini_steps=3)), "4 prompts do not divide"),
+    (lambda: AdditionTask(2, 8), "too few sums"),
 )
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(InputError, match=message):
@@ -208,12 +211,10 @@ def test_forced_set_whose_probabilities_underflow_is_renormalised():
     assert router.weight.grad.isfinite().all()
 
 
-@parametrize(
+@table(
     ("kind", "expected"),  # KL((3/4, 1/4) || (1/2, 1/2)) and KL((9/10, 1/10) || (3/4, 1/4))
-    [
-        ("post", 0.75 * math.log(1.5) + 0.25 * math.log(0.5)),
-        ("delta", 0.9 * math.log(1.2) + 0.1 * math.log(0.4)),
-    ],
+    ("post", 0.75 * math.log(1.5) + 0.25 * math.log(0.5)),
+    ("delta", 0.9 * math.log(1.2) + 0.1 * math.log(0.4)),
 )
 def test_predictor_loss_is_the_sum_of_a_hand_computed_example(kind, expected):
     log_3 = math.log(3)
@@ -378,12 +379,10 @@ def test_finished_responses_do_not_change_the_others_and_negative_eos_never_ends
     assert torch.equal(ending.tokens[ending.attend], endless.tokens[ending.attend])
 
 
-@parametrize(
+@table(
     ("lengths", "token", "column", "pad"),
-    [
-        ((5, 5), PAD, 0, 18),  # a prompt may begin with the id of padding
-        ((5, 3), EOS, 3, EOS),  # and padding may have the id of the end, which is real elsewhere
-    ],
+    ((5, 5), PAD, 0, 18),  # a prompt may begin with the id of padding
+    ((5, 3), EOS, 3, EOS),  # and padding may have the id of the end, which is real elsewhere
 )
 def test_attend_tells_padding_from_tokens_of_its_id(lengths, token, column, pad, model):
     prompts, attend = padded_batch(*lengths)
@@ -431,15 +430,13 @@ def test_group_advantages_of_a_hand_computed_example():
         assert not group_advantages(torch.full((2, responses), 0.7)).any()
 
 
-@parametrize(
+@table(
     ("ratio", "advantage", "loss", "slope"),
-    [
-        (1.0, 2.0, -2.0, -2.0),
-        (1.5, 2.0, -2.56, 0.0),  # risen past 1.28 and still wanted: clipped
-        (0.5, 2.0, -1.0, -2.0),  # fallen though wanted: pulled back
-        (0.5, -2.0, 1.6, 0.0),  # fallen past 0.8 and still unwanted: clipped
-        (1.5, -2.0, 3.0, 2.0),  # risen though unwanted: pulled back
-    ],
+    (1.0, 2.0, -2.0, -2.0),
+    (1.5, 2.0, -2.56, 0.0),  # risen past 1.28 and still wanted: clipped
+    (0.5, 2.0, -1.0, -2.0),  # fallen though wanted: pulled back
+    (0.5, -2.0, 1.6, 0.0),  # fallen past 0.8 and still unwanted: clipped
+    (1.5, -2.0, 3.0, 2.0),  # risen though unwanted: pulled back
 )
 def test_ppo_loss_clips_only_what_went_far_enough(ratio, advantage, loss, slope):
     log_ratio = torch.tensor(math.log(ratio), requires_grad=True)
@@ -467,13 +464,11 @@ def test_sequence_log_ratio_is_the_mean_over_the_response():
     close(pr2_mini.sequence_log_ratio(log_ratio, mask), torch.tensor([[0.2], [0.1]]))
 
 
-@parametrize(
+@table(
     ("kind", "weights"),
-    [
-        ("none", [1, 1, 1, 1, 1, 1]),
-        ("tis", [0.4, 0.6, 1.5, 2, 2, 2]),
-        ("icepop", [0, 0.6, 1.5, 4.9, 0, 0]),
-    ],
+    ("none", [1, 1, 1, 1, 1, 1]),
+    ("tis", [0.4, 0.6, 1.5, 2, 2, 2]),
+    ("icepop", [0, 0.6, 1.5, 4.9, 0, 0]),
 )
 def test_importance_weights_of_known_ratios(kind, weights):
     log_ratios = torch.tensor([0.4, 0.6, 1.5, 4.9, 5.1, math.inf]).log()
@@ -567,16 +562,14 @@ def test_optimizer_has_each_parameter_once_in_the_group_with_its_rate(tie):
 
 
 # The table of passes in the head of pr2_mini.py; None = top-k of the pass itself.
-@parametrize(
+@table(
     ("method", "rollout_m", "old_m", "old_replay", "update_replay"),
-    [
-        ("grpo", None, None, None, None),
-        ("gspo", None, None, None, None),
-        ("r2", None, None, None, "old pass"),
-        ("pr2-trainer", None, 1.0, None, "old pass"),
-        ("r3", None, None, "rollout", "rollout"),
-        ("pr2", 1.0, None, "rollout", "rollout"),
-    ],
+    ("grpo", None, None, None, None),
+    ("gspo", None, None, None, None),
+    ("r2", None, None, None, "old pass"),
+    ("pr2-trainer", None, 1.0, None, "old pass"),
+    ("r3", None, None, "rollout", "rollout"),
+    ("pr2", 1.0, None, "rollout", "rollout"),
 )
 def test_experts_of_each_pass(method, rollout_m, old_m, old_replay, update_replay, model):
     seen = run_step(model, tiny_settings(method=method, mini_steps=1))
@@ -698,27 +691,25 @@ def test_update_that_is_not_finite_is_skipped_and_counted(bad, skipped, model):
 
 
 # ------------------------------------------------------------------------- 6. What is measured
-@parametrize(
+@table(
     ("name", "ratio", "advantage", "total"),
-    [
-        ("agreement", 1.0, 1.0, 3.0),  # (1 + 2/3 + 1/3 + 0 in layer 1, 4 in layer 2) / 2
-        ("no_deviation", 1.0, 1.0, 2.5),
-        ("deviations_1", 1.0, 1.0, 0.5),
-        ("deviations_2", 1.0, 1.0, 0.5),
-        ("deviations_3_or_more", 1.0, 1.0, 0.5),
-        ("stale_agreement", 1.0, 1.0, 11 / 3),
-        ("stale_no_deviation", 1.0, 1.0, 3.0),
-        ("coverage_gap", 1.0, 1.0, 1.2),  # (0.18 + 0.22 + 0.46 + 0.82 + 4 * 0.18) / 2
-        ("stale_kl", 1.0, 1.0, 1.240007),  # 4 * (ln 6 - the entropy of rho)
-        ("clipfrac_high", 1.3, 1.0, 1.0),
-        ("clipfrac_high", 1.25, 1.0, 0.0),
-        ("clipfrac_high", 1.3, -1.0, 0.0),
-        ("clipfrac_low", 0.75, -1.0, 1.0),
-        ("clipfrac_low", 0.85, -1.0, 0.0),
-        ("clipfrac_low", 0.7, 1.0, 0.0),
-        ("approx_kl", 1.5, 1.0, 0.5 - math.log(1.5)),
-        ("log_ratio_mean", 0.5, 1.0, math.log(2)),
-    ],
+    ("agreement", 1.0, 1.0, 3.0),  # (1 + 2/3 + 1/3 + 0 in layer 1, 4 in layer 2) / 2
+    ("no_deviation", 1.0, 1.0, 2.5),
+    ("deviations_1", 1.0, 1.0, 0.5),
+    ("deviations_2", 1.0, 1.0, 0.5),
+    ("deviations_3_or_more", 1.0, 1.0, 0.5),
+    ("stale_agreement", 1.0, 1.0, 11 / 3),
+    ("stale_no_deviation", 1.0, 1.0, 3.0),
+    ("coverage_gap", 1.0, 1.0, 1.2),  # (0.18 + 0.22 + 0.46 + 0.82 + 4 * 0.18) / 2
+    ("stale_kl", 1.0, 1.0, 1.240007),  # 4 * (ln 6 - the entropy of rho)
+    ("clipfrac_high", 1.3, 1.0, 1.0),
+    ("clipfrac_high", 1.25, 1.0, 0.0),
+    ("clipfrac_high", 1.3, -1.0, 0.0),
+    ("clipfrac_low", 0.75, -1.0, 1.0),
+    ("clipfrac_low", 0.85, -1.0, 0.0),
+    ("clipfrac_low", 0.7, 1.0, 0.0),
+    ("approx_kl", 1.5, 1.0, 0.5 - math.log(1.5)),
+    ("log_ratio_mean", 0.5, 1.0, math.log(2)),
 )
 def test_measures_of_known_routes_and_a_known_ratio(name, ratio, advantage, total):
     """Two layers, a response of four tokens, and a fifth that is padding. Today's top-3 is
@@ -797,17 +788,15 @@ def unrelated(b):
     return torch.cat([second, -first], dim=1)
 
 
-@parametrize(
+@table(
     ("drifts", "gain"),
-    [
-        ([lambda b: b], 1.0),
-        ([lambda b: 0.5 * b + unrelated(b)], 0.5),  # least squares
-        ([lambda b: 0.5 * b + 7.0], 0.5),  # what all experts of a token gain alike routes nobody
-        ([lambda b: 2.0 * b], 1.0),
-        ([lambda b: -1.0 * b], 0.0),
-        ([torch.clone, torch.zeros_like], 0.85 / 1.85),  # the past counts less by and by
-        ([lambda b: 0.5 * b, lambda b: b * math.nan], 0.5),
-    ],
+    ([lambda b: b], 1.0),
+    ([lambda b: 0.5 * b + unrelated(b)], 0.5),  # least squares
+    ([lambda b: 0.5 * b + 7.0], 0.5),  # what all experts of a token gain alike routes nobody
+    ([lambda b: 2.0 * b], 1.0),
+    ([lambda b: -1.0 * b], 0.0),
+    ([torch.clone, torch.zeros_like], 0.85 / 1.85),  # the past counts less by and by
+    ([lambda b: 0.5 * b, lambda b: b * math.nan], 0.5),
 )
 def test_gain_is_the_share_of_the_prediction_that_came_true(drifts, gain, model):
     optimizer = warmed_up(model, MOMENTUM, fit=(0.0, 0.0))
@@ -1040,19 +1029,17 @@ def test_failure_while_saving_leaves_nothing_behind(error, model, tmp_path, monk
 
 
 @needs_extras
-@parametrize(
+@table(
     ("name", "value"),
-    [
-        ("model_type", "qwen2_moe"),
-        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
-        ("sliding_window", 16),
-        ("attention_bias", True),
-        ("clip_qkv", 8.0),
-        ("hidden_act", "gelu"),
-        ("mlp_only_layers", [0]),
-        ("decoder_sparse_step", 2),
-        ("quantization_config", {"quant_method": "fp8"}),
-    ],
+    ("model_type", "qwen2_moe"),
+    ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+    ("sliding_window", 16),
+    ("attention_bias", True),
+    ("clip_qkv", 8.0),
+    ("hidden_act", "gelu"),
+    ("mlp_only_layers", [0]),
+    ("decoder_sparse_step", 2),
+    ("quantization_config", {"quant_method": "fp8"}),
 )
 def test_setting_that_is_not_implemented_is_refused_by_name(name, value, tmp_path):
     hf_model("olmoe", tmp_path)
@@ -1062,14 +1049,12 @@ def test_setting_that_is_not_implemented_is_refused_by_name(name, value, tmp_pat
 
 
 @needs_extras
-@parametrize(
+@table(
     ("edit", "message"),
-    [
-        (lambda weights: weights.pop(GATE), f"missing_keys, as {GATE}"),
-        (lambda weights: weights.update(extra=H), "unexpected_keys, as extra"),
-        (lambda weights: weights.update({GATE: H[:7]}), f"mismatched_keys, .*{GATE}"),
-        (lambda weights: weights[GATE][3, 3].fill_(math.nan), f"{GATE} .*not finite"),
-    ],
+    (lambda weights: weights.pop(GATE), f"missing_keys, as {GATE}"),
+    (lambda weights: weights.update(extra=H), "unexpected_keys, as extra"),
+    (lambda weights: weights.update({GATE: H[:7]}), f"mismatched_keys, .*{GATE}"),
+    (lambda weights: weights[GATE][3, 3].fill_(math.nan), f"{GATE} .*not finite"),
 )
 def test_weights_that_do_not_fit_are_refused(edit, message, model, tmp_path):
     model.save_pretrained(tmp_path / "model")
@@ -1182,27 +1167,25 @@ def same_run(folder, other):
 
 
 # ------------------------------------------------------------------------------------ 1. Settings
-@parametrize(
+@table(
     ("flags", "message"),
-    [
-        ("--method ppo", "argument --method: invalid choice: 'ppo'"),
-        ("--seed one", "argument --seed: invalid int value: 'one'"),
-        ("--meth r3", "unrecognized arguments: --meth r3"),
-        ("--steps 0", "steps 0; expected a number of at least 1"),
-        ("--seed -1", "seed -1; expected a number of at least 0"),
-        ("--prompts 63", "63 prompts do not divide into 2 mini-steps"),
-        ("--operands 1", "1 numbers up to 9 make too few sums"),
-        ("--max-new-tokens 2043", "2048 positions; lower --max-new-tokens"),
-        ("--compare pr2:alpha=big", 'pr2:alpha=big": argument --alpha: invalid float value'),
-        ("--compare pr2:out=run", 'has "out", which is not a setting'),
-        ("--compare pr2:seed=1", "changes seed, which is no setting of a variant"),
-        ("--compare pr2:alpha=1e999", "alpha inf; expected"),
-        ("--compare pr2:beta=1", 'has "beta", which is not a setting'),
-        ("--compare pr2 pr2:alpha=2", "names pr2:alpha=2 twice"),
-        ("--compare r3 --method r2", "takes methods as variants, not as --method"),
-        ("--compare r3 --resume run", "goes on by itself"),
-        ("--benchmark --checkpoint x", "--benchmark times the toy; leave out --checkpoint"),
-    ],
+    ("--method ppo", "argument --method: invalid choice: 'ppo'"),
+    ("--seed one", "argument --seed: invalid int value: 'one'"),
+    ("--meth r3", "unrecognized arguments: --meth r3"),
+    ("--steps 0", "steps 0; expected a number of at least 1"),
+    ("--seed -1", "seed -1; expected a number of at least 0"),
+    ("--prompts 63", "63 prompts do not divide into 2 mini-steps"),
+    ("--operands 1", "1 numbers up to 9 make too few sums"),
+    ("--max-new-tokens 2043", "2048 positions; lower --max-new-tokens"),
+    ("--compare pr2:alpha=big", 'pr2:alpha=big": argument --alpha: invalid float value'),
+    ("--compare pr2:out=run", 'has "out", which is not a setting'),
+    ("--compare pr2:seed=1", "changes seed, which is no setting of a variant"),
+    ("--compare pr2:alpha=1e999", "alpha inf; expected"),
+    ("--compare pr2:beta=1", 'has "beta", which is not a setting'),
+    ("--compare pr2 pr2:alpha=2", "names pr2:alpha=2 twice"),
+    ("--compare r3 --method r2", "takes methods as variants, not as --method"),
+    ("--compare r3 --resume run", "goes on by itself"),
+    ("--benchmark --checkpoint x", "--benchmark times the toy; leave out --checkpoint"),
 )
 def test_bad_flag_is_refused_before_anything_is_written(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1271,13 +1254,11 @@ def test_default_folder_is_new_for_a_run_and_depends_on_all_that_is_compared(tmp
     assert [name.split("-")[0] for name in names] == ["compare"] * 6 + ["pr2"] * 2
 
 
-@parametrize(
+@table(
     ("name", "message"),
-    [
-        ("checkpoint/step-4", "--resume it"),
-        ("notes.txt", "notes.txt"),
-        ("metrics.jsonl", "metrics"),
-    ],
+    ("checkpoint/step-4", "--resume it"),
+    ("notes.txt", "notes.txt"),
+    ("metrics.jsonl", "metrics"),
 )
 def test_folder_that_is_not_empty_is_refused_and_left_alone(name, message, base, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -1308,18 +1289,16 @@ def die_after(monkeypatch, owner, name, call):
     monkeypatch.setattr(owner, name, dying)
 
 
-@parametrize(
+@table(
     ("owner", "name", "call", "begun"),
-    [
-        (train_toy, "open_device", 1, False),
-        (train_toy.os, "replace", 1, False),  # config.json is there
-        (train_toy.dcp, "save", 1, False),
-        (train_toy.os, "replace", 2, False),  # step.partial is complete, but not yet step-0
-        (Path, "rename", 2, True),  # step-0 is there
-        (train_toy.dcp, "save", 2, True),  # the weights are there, progress.json is not
-        (Path, "rename", 6, True),  # step-8 is there, and step-0 still is
-        (pr2_mini, "rl_step", 6, True),
-    ],
+    (train_toy, "open_device", 1, False),
+    (train_toy.os, "replace", 1, False),  # config.json is there
+    (train_toy.dcp, "save", 1, False),
+    (train_toy.os, "replace", 2, False),  # step.partial is complete, but not yet step-0
+    (Path, "rename", 2, True),  # step-0 is there
+    (train_toy.dcp, "save", 2, True),  # the weights are there, progress.json is not
+    (Path, "rename", 6, True),  # step-8 is there, and step-0 still is
+    (pr2_mini, "rl_step", 6, True),
 )
 def test_run_killed_at_any_moment_resumes_to_the_same_bits_or_begins_anew(
     owner, name, call, begun, base, finished, tmp_path, monkeypatch
@@ -1356,21 +1335,19 @@ def test_more_steps_and_other_folders_may_be_given_on_resume_and_no_other_flags(
     assert train_toy.read_json(copied / "config.json")["steps"] == 12
 
 
-@parametrize(
+@table(
     ("name", "content", "message"),
-    [
-        ("config.json", '{"steps": true}', "argument --steps: invalid int value: 'True'"),
-        ("config.json", '{"colour": 3}', 'has "colour", which is not a setting'),
-        ("config.json", "{}", "config.json lacks alpha"),
-        ("config.json", "[]", "config.json is damaged: expected a JSON object"),
-        ("config.json", "{", "config.json is missing or damaged"),
-        ("checkpoint", None, "has no checkpoint; start the run again with --out"),
-        ("checkpoint/step-10/progress.json", None, "progress.json is missing or damaged"),
-        ("checkpoint/step-10/progress.json", '{"before": [], "history": []}', "json is damaged"),
-        ("checkpoint/step-10/progress.json", '{"step": 10}', "progress.json is damaged"),
-        ("checkpoint/step-10/.metadata", "torn", "step-10 is damaged or of another model"),
-        ("checkpoint/step-10/__0_0.distcp", "torn", "step-10 is damaged or of another model"),
-    ],
+    ("config.json", '{"steps": true}', "argument --steps: invalid int value: 'True'"),
+    ("config.json", '{"colour": 3}', 'has "colour", which is not a setting'),
+    ("config.json", "{}", "config.json lacks alpha"),
+    ("config.json", "[]", "config.json is damaged: expected a JSON object"),
+    ("config.json", "{", "config.json is missing or damaged"),
+    ("checkpoint", None, "has no checkpoint; start the run again with --out"),
+    ("checkpoint/step-10/progress.json", None, "progress.json is missing or damaged"),
+    ("checkpoint/step-10/progress.json", '{"before": [], "history": []}', "json is damaged"),
+    ("checkpoint/step-10/progress.json", '{"step": 10}', "progress.json is damaged"),
+    ("checkpoint/step-10/.metadata", "torn", "step-10 is damaged or of another model"),
+    ("checkpoint/step-10/__0_0.distcp", "torn", "step-10 is damaged or of another model"),
 )
 def test_damaged_piece_of_a_run_is_named(name, content, message, copied):
     (copied / name).rename(copied / "old")
@@ -1395,15 +1372,13 @@ OF_A_PROCESS = train_toy.CheckpointException("", {0: (NO_SPACE, [])})
 OF_TORCH = RuntimeError("[enforce fail at inline_container.cc:672]")
 
 
-@parametrize(
+@table(
     ("owner", "name", "error", "free", "message"),
-    [
-        (train_toy.os, "fsync", NO_SPACE, 10**9, "config.json: the disk is full; 1000 MB"),
-        (train_toy.dcp, "save", NO_SPACE, 10**9, "step-11: the disk is full; 1000 MB are free"),
-        (train_toy.dcp, "save", OF_A_PROCESS, 10**9, "step-11: the disk is full; 1000 MB"),
-        (train_toy.dcp, "save", OF_TORCH, 0, "step-11: the disk is full; 0 MB are free"),
-        (train_toy.dcp, "save", OF_TORCH, 10**9, "step-11: [enforce fail at inline_container"),
-    ],
+    (train_toy.os, "fsync", NO_SPACE, 10**9, "config.json: the disk is full; 1000 MB"),
+    (train_toy.dcp, "save", NO_SPACE, 10**9, "step-11: the disk is full; 1000 MB are free"),
+    (train_toy.dcp, "save", OF_A_PROCESS, 10**9, "step-11: the disk is full; 1000 MB"),
+    (train_toy.dcp, "save", OF_TORCH, 0, "step-11: the disk is full; 0 MB are free"),
+    (train_toy.dcp, "save", OF_TORCH, 10**9, "step-11: [enforce fail at inline_container"),
 )
 def test_full_disk_is_called_so(owner, name, error, free, message, copied, monkeypatch):
     monkeypatch.setattr(owner, name, mock.Mock(side_effect=error))
@@ -1544,16 +1519,14 @@ def test_comparison_that_was_killed_goes_on_where_it_was(compared, tmp_path, mon
         assert rows(tmp_path / name) == rows(compared.folder / name)
 
 
-@parametrize(
+@table(
     ("column", "value", "changes"),
-    [
-        ("agreement/2", 25.0, {"agreement/2": 0.25}),
-        ("removed/2", 25.0, {"agreement/2": 0.85, "stale_agreement/2": 0.8}),
-        ("removed/2", None, {"agreement/2": 1.0, "stale_agreement/2": 1.0}),
-        ("clipfrac", 0.5, {"clipfrac_low/2": 0.1, "clipfrac_high/2": 0.4}),
-        ("log10 largest ratio", 2.0, {"log_ratio_max/1": math.log(100), "log_ratio_max/2": 0.1}),
-        ("reward", None, {"reward": None}),
-    ],
+    ("agreement/2", 25.0, {"agreement/2": 0.25}),
+    ("removed/2", 25.0, {"agreement/2": 0.85, "stale_agreement/2": 0.8}),
+    ("removed/2", None, {"agreement/2": 1.0, "stale_agreement/2": 1.0}),
+    ("clipfrac", 0.5, {"clipfrac_low/2": 0.1, "clipfrac_high/2": 0.4}),
+    ("log10 largest ratio", 2.0, {"log_ratio_max/1": math.log(100), "log_ratio_max/2": 0.1}),
+    ("reward", None, {"reward": None}),
 )
 def test_summary_of_a_known_run(column, value, changes, finished):
     row = rows(finished.folder)[0] | changes
@@ -1695,13 +1668,11 @@ def other_tokenizer(published, tmp_path):
 
 
 @parametrize("limits", [False, True])  # a stored padding and truncation must not leak in
-@parametrize(
+@table(
     ("template", "flags", "prompt"),
-    [
-        (TEMPLATE, "", "<bos><user>What is 0 plus 0?<bot>"),
-        (TEMPLATE, "--system Think.", "<bos><system>Think.<user>What is 0 plus 0?<bot>"),
-        (None, "", "<bos>What is 0 plus 0?\nAnswer:"),
-    ],
+    (TEMPLATE, "", "<bos><user>What is 0 plus 0?<bot>"),
+    (TEMPLATE, "--system Think.", "<bos><system>Think.<user>What is 0 plus 0?<bot>"),
+    (None, "", "<bos>What is 0 plus 0?\nAnswer:"),
 )
 def test_prompt_is_templated_or_plain(template, flags, prompt, limits, other_tokenizer):
     task = asked(other_tokenizer(template=template, limits=limits), flags)
@@ -1755,17 +1726,15 @@ def test_bad_line_is_named_by_its_number(line, published, tmp_path):
     assert f"line 2 of {path} is not" in refusal(f"{published} --data {path}")
 
 
-@parametrize(
+@table(
     ("changes", "flags", "message"),
-    [
-        ({}, "--data nowhere", "--checkpoint needs --data, a JSON-lines file"),
-        ({}, "--data /dev/null", "--checkpoint needs --data, a JSON-lines file"),
-        ({}, "--checkpoint /nowhere", "/nowhere holds no config.json; expected a Hugging Face"),
-        ({}, "", "exceed the model's 256 positions; lower --max-new-tokens"),
-        ({}, "--prompt-length 5", "0 questions to train on and 0 held out"),
-        ({"eos_token": None}, "", "names no eos_token_id"),
-        ({"template": None}, "--system Think.", "--system needs a checkpoint with a chat template"),
-    ],
+    ({}, "--data nowhere", "--checkpoint needs --data, a JSON-lines file"),
+    ({}, "--data /dev/null", "--checkpoint needs --data, a JSON-lines file"),
+    ({}, "--checkpoint /nowhere", "/nowhere holds no config.json; expected a Hugging Face"),
+    ({}, "", "exceed the model's 256 positions; lower --max-new-tokens"),
+    ({}, "--prompt-length 5", "0 questions to train on and 0 held out"),
+    ({"eos_token": None}, "", "names no eos_token_id"),
+    ({"template": None}, "--system Think.", "--system needs a checkpoint with a chat template"),
 )
 def test_bad_checkpoint_is_refused(changes, flags, message, other_tokenizer, tmp_path):
     said = refusal(f"{other_tokenizer(**changes)} {flags} --out {tmp_path / 'run'}")
@@ -1790,17 +1759,15 @@ def test_an_eighth_of_the_questions_is_held_out_and_never_trained_on(published):
 
 
 @needs_extras
-@parametrize(
+@table(
     ("expected", "responses", "reward"),
-    [
-        ("12", ["12", "12.0", "That makes $12.00", "The answer is 12.", "12 apples"], 1.0),
-        ("12", ["7 + 5 = 12", r"\boxed{12}", "so $12$", "#### 12", "12 dollars"], 1.0),
-        ("1,200", ["1200", "1,200", "$1,200.00"], 1.0),
-        (r"$\frac{1}{2}$", ["0.5", r"\boxed{\frac{1}{2}}"], 1.0),
-        ("-3", ["-3", "$-3$"], 1.0),
-        ("12", ["13", "120", "1.2", "-12", "no idea", "", r"\boxed{13}"], 0.0),
-        ("1/2", ["2", "1/3", "0.2", "1"], 0.0),
-    ],
+    ("12", ["12", "12.0", "That makes $12.00", "The answer is 12.", "12 apples"], 1.0),
+    ("12", ["7 + 5 = 12", r"\boxed{12}", "so $12$", "#### 12", "12 dollars"], 1.0),
+    ("1,200", ["1200", "1,200", "$1,200.00"], 1.0),
+    (r"$\frac{1}{2}$", ["0.5", r"\boxed{\frac{1}{2}}"], 1.0),
+    ("-3", ["-3", "$-3$"], 1.0),
+    ("12", ["13", "120", "1.2", "-12", "no idea", "", r"\boxed{13}"], 0.0),
+    ("1/2", ["2", "1/3", "0.2", "1"], 0.0),
 )
 def test_reward_of_a_response(expected, responses, reward):
     problems = [question(answer=expected)] * len(responses)
