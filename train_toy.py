@@ -656,9 +656,7 @@ def evaluate(model, task, rl: RLConfig) -> dict[str, float]:
     return metrics
 
 
-def train(
-    settings: Settings, built: tuple, folder: Path, resume: bool, bar: tqdm, alone: bool
-) -> list[dict]:
+def train(settings, built: tuple, folder: Path, resume: bool, bar: tqdm, alone: bool) -> list[dict]:
     """A whole run of what `build_task` has built, in a folder that is claimed; returns the rows of
     metrics.jsonl. A run that stands alone, not in a comparison, ends with a report."""
     # Build.
@@ -730,8 +728,6 @@ def train(
         if RANK == 0:
             with writing(log), open(log, "a") as file:
                 file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
         # A checkpoint is worth keeping only while updates succeed.
         if not skipped(row) and (step % settings.save_every == 0 or step == settings.steps):
             save_checkpoint(folder, tensors, progress)
