@@ -115,10 +115,6 @@ def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def weights_of(model):
-    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
-
-
 def same_bits(some, others):
     """Of two dictionaries of tensors."""
     assert some.keys() == others.keys()
@@ -607,7 +603,7 @@ def test_zero_predictor_or_gain_is_plain_replay_bit_for_bit(methods, predictor, 
         config = tiny_settings(method=method, predictor=predictor, rollout_dtype=dtype, alpha=0.0)
         seen = run_step(model, config, warmed_up(model, config, fit=(0.0, 1.0)))
         metrics.append(comparable(seen.metrics))
-        weights.append(weights_of(model))
+        weights.append(dict(model.named_parameters()))
     assert metrics[0] == metrics[1]
     same_bits(weights[0], weights[1])
 
@@ -624,7 +620,7 @@ def test_micro_batches_change_a_step_by_rounding_only(method, predictor):
             group["eps"] = 1.0  # else Adam makes a full step of the rounding of a zero gradient
             group["lr"] = 1.0
         run_step(model, config, optimizer)
-        weights.append(weights_of(model))
+        weights.append(dict(model.named_parameters()))
     assert (weights[0]["embed.weight"] - tiny_model().embed.weight).abs().max() > 0.01
     close(weights[1], weights[0], tolerance=1e-4)
 
@@ -875,7 +871,6 @@ def test_slips_make_solutions_wrong(slip, right):
 HF_TOKENS = torch.tensor([[0, 0, 5, 6, 11], [7, 8, 9, 10, 12]])  # 0 is padding
 HF_REAL = HF_TOKENS != 0
 GATE = "model.layers.1.mlp.gate.weight"
-needs_extras = pytest.mark.usefixtures("extras")
 
 
 @pytest.fixture(scope="session")
@@ -944,10 +939,9 @@ def test_loaded_model_routes_computes_and_replays_as_transformers_does(saved):
     compare(model, theirs, replay=trace.experts.flip(-1))
 
 
-@needs_extras
 @parametrize("kind", ["qwen3_moe", "olmoe"])
 @parametrize("value", [True, False])
-def test_loaded_model_heeds_its_config(kind, value, tmp_path):
+def test_loaded_model_heeds_its_config(extras, kind, value, tmp_path):
     theirs = hf_model(kind, tmp_path, norm_topk_prob=value, tie_word_embeddings=value)
     model = load(tmp_path)
     compare(model, theirs)
@@ -998,16 +992,14 @@ def test_folded_folder_routes_by_the_prediction_in_any_engine(saved, tmp_path):
     assert not predictor_weights(load(tmp_path / "folded")).any()
 
 
-@needs_extras
 @parametrize("qk_norm", ["head", "full", "none"])
-def test_model_built_here_is_saved_as_the_family_of_its_norm(qk_norm, tmp_path):
+def test_model_built_here_is_saved_as_the_family_of_its_norm(extras, qk_norm, tmp_path):
     model = tiny_model(qk_norm=qk_norm).cpu()
     model.save_pretrained(tmp_path / "model")
     compare(model, hf_load(tmp_path / "model"))
 
 
-@needs_extras
-def test_refused_save_writes_nothing(model, tmp_path):
+def test_refused_save_writes_nothing(extras, model, tmp_path):
     with pytest.raises(InputError, match="exists; choose another folder"):
         model.save_pretrained(tmp_path)
     model = tiny_model(qk_norm="none", norm_topk_prob=False)
@@ -1016,9 +1008,8 @@ def test_refused_save_writes_nothing(model, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@needs_extras
 @parametrize("error", [OSError, KeyboardInterrupt])
-def test_failure_while_saving_leaves_nothing_behind(error, model, tmp_path, monkeypatch):
+def test_failure_while_saving_leaves_nothing_behind(extras, error, model, tmp_path, monkeypatch):
     def fail(*_):
         raise error
 
@@ -1028,7 +1019,6 @@ def test_failure_while_saving_leaves_nothing_behind(error, model, tmp_path, monk
     assert not any(tmp_path.iterdir())
 
 
-@needs_extras
 @table(
     ("name", "value"),
     ("model_type", "qwen2_moe"),
@@ -1041,14 +1031,13 @@ def test_failure_while_saving_leaves_nothing_behind(error, model, tmp_path, monk
     ("decoder_sparse_step", 2),
     ("quantization_config", {"quant_method": "fp8"}),
 )
-def test_setting_that_is_not_implemented_is_refused_by_name(name, value, tmp_path):
+def test_setting_that_is_not_implemented_is_refused_by_name(extras, name, value, tmp_path):
     hf_model("olmoe", tmp_path)
     edit_json(tmp_path / "config.json", name, value)
     with pytest.raises(InputError, match=name.replace("_", ".")):  # "rope scaling"
         load(tmp_path)
 
 
-@needs_extras
 @table(
     ("edit", "message"),
     (lambda weights: weights.pop(GATE), f"missing_keys, as {GATE}"),
@@ -1056,7 +1045,7 @@ def test_setting_that_is_not_implemented_is_refused_by_name(name, value, tmp_pat
     (lambda weights: weights.update({GATE: H[:7]}), f"mismatched_keys, .*{GATE}"),
     (lambda weights: weights[GATE][3, 3].fill_(math.nan), f"{GATE} .*not finite"),
 )
-def test_weights_that_do_not_fit_are_refused(edit, message, model, tmp_path):
+def test_weights_that_do_not_fit_are_refused(extras, edit, message, model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
     weights = safetensors.load_file(path)
@@ -1066,10 +1055,9 @@ def test_weights_that_do_not_fit_are_refused(edit, message, model, tmp_path):
         load(tmp_path / "model")
 
 
-@needs_extras
 @parametrize("name", ["config.json", "model.safetensors", "predictor/model.safetensors"])
 @parametrize("damage", [lambda path: os.truncate(path, 50), Path.unlink])
-def test_damaged_folder_is_refused(name, damage, model, tmp_path):
+def test_damaged_folder_is_refused(extras, name, damage, model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     damage(tmp_path / "model" / name)
     with pytest.raises(InputError, match=str(tmp_path / "model")):
@@ -1584,8 +1572,7 @@ def test_picture_tells_what_prediction_caught_from_what_it_missed(recorded, stal
 
 
 # ----------------------------------------------------------------------------------- 10. Benchmark
-@needs_extras
-def test_benchmark_prints_its_rows(capsys, monkeypatch):
+def test_benchmark_prints_its_rows(extras, capsys, monkeypatch):
     def call_twice(calls, rounds):
         for call in calls + calls:
             call()
@@ -1650,10 +1637,6 @@ def asked(published, flags=""):
     return train_toy.Questions(settings_of(f"{published} {flags}"))
 
 
-def question(answer="", ids=()):
-    return train_toy.Question("Why?", answer, ids)
-
-
 @pytest.fixture
 def other_tokenizer(published, tmp_path):
     """A function that gives the checkpoint another tokenizer, and returns the flags."""
@@ -1693,7 +1676,8 @@ def test_every_end_token_ends_a_response(config, generation, ends, other_tokeniz
 @parametrize("pad", [None, "<eos>"])
 def test_padding_may_be_the_end_token(pad, other_tokenizer):
     task = asked(other_tokenizer(pad_token=pad))
-    tokens, attend = task.prompts([question(ids=(1, 7, 1)), question(ids=(8,))])
+    problems = [train_toy.Question("Why?", "", ids) for ids in ((1, 7, 1), (8,))]
+    tokens, attend = task.prompts(problems)
     assert task.pad == 1
     assert tokens.tolist() == [[1, 7, 1], [1, 1, 8]]
     assert attend.tolist() == [[True, True, True], [False, False, True]]
@@ -1708,12 +1692,11 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(published, tmp_path,
     assert len(task.training + task.held_out) == 100
 
 
-@needs_extras
 @parametrize(
     ("written", "answer"),
     [("We add.\n#### 12", "12"), (" 12 ", "12"), (12, "12"), (r"#### \frac12", r"$\frac12$")],
 )
-def test_answer_is_what_follows_the_hashes_or_bare(written, answer, tmp_path):
+def test_answer_is_what_follows_the_hashes_or_bare(extras, written, answer, tmp_path):
     row = {"question": "a\u2028b\x85", "answer": written}  # str.splitlines would break it there
     (tmp_path / "one.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
     assert train_toy.read_questions(tmp_path / "one.jsonl") == [("a\u2028b\x85", answer)]
@@ -1758,7 +1741,6 @@ def test_an_eighth_of_the_questions_is_held_out_and_never_trained_on(published):
     assert len(training) + len(held_out) == 100
 
 
-@needs_extras
 @table(
     ("expected", "responses", "reward"),
     ("12", ["12", "12.0", "That makes $12.00", "The answer is 12.", "12 apples"], 1.0),
@@ -1769,8 +1751,8 @@ def test_an_eighth_of_the_questions_is_held_out_and_never_trained_on(published):
     ("12", ["13", "120", "1.2", "-12", "no idea", "", r"\boxed{13}"], 0.0),
     ("1/2", ["2", "1/3", "0.2", "1"], 0.0),
 )
-def test_reward_of_a_response(expected, responses, reward):
-    problems = [question(answer=expected)] * len(responses)
+def test_reward_of_a_response(extras, expected, responses, reward):
+    problems = [train_toy.Question("Why?", expected, ())] * len(responses)
     found = train_toy.Questions.rewards(None, problems, responses)
     assert found.tolist() == [reward] * len(responses)
 
