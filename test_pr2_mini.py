@@ -62,6 +62,11 @@ PREDICTORS = ("learned", "momentum")
 PRECISIONS = ("fp32", "bf16", "fp8")
 
 
+def table(names, *rows):
+    """A test for each row."""
+    return parametrize(names, rows)
+
+
 def tiny_config(**changes):
     settings = {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8}
     settings.update(moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2)
@@ -110,10 +115,6 @@ def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def weights_of(model):
-    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
-
-
 def same_bits(some, others):
     """Of two dictionaries of tensors."""
     assert some.keys() == others.keys()
@@ -131,25 +132,23 @@ def gradients(model, tokens, **forward):
 
 
 # ---------------------------------------------------------------------- 1. Router and predictor
-@parametrize(
+@table(
     ("make", "message"),
-    [
-        (lambda: tiny_config(num_experts_per_tok=9), "num_experts_per_tok is 9; expected at most"),
-        (lambda: tiny_config(num_experts_per_tok=1), "top-1 never learns under norm_topk_prob"),
-        (lambda: tiny_config(num_key_value_heads=3), "num_attention_heads / num_key_value_heads"),
-        (lambda: tiny_config(head_dim=7), "head_dim / 2"),
-        (lambda: tiny_config(qk_norm="layer"), 'qk_norm is "layer"'),
-        (lambda: tiny_config(hidden_size=0), "hidden_size is 0"),
-        (lambda: tiny_model(max_position_embeddings=7)(TOKENS), "8 positions exceed"),
-        (lambda: tiny_model()(TOKENS, replay=ROUTE[..., :1]), "the routes have shape"),
-        (lambda: tiny_model()(TOKENS, replay=ROUTE.float()), "have dtype torch.float32"),
-        (lambda: tiny_model()(TOKENS, replay=ROUTE + 7), "outside 0..7"),
-        (lambda: tiny_model()(TOKENS, replay=ROUTE - 1), "outside 0..7"),
-        (lambda: tiny_model()(TOKENS, replay=ROUTE // 8), "one expert twice"),
-        (lambda: tiny_settings(method="ppo"), 'method is "ppo"; expected one of'),
-        (lambda: run_step(tiny_model(), tiny_settings(mini_steps=3)), "4 prompts do not divide"),
-        (lambda: AdditionTask(2, 8), "too few sums"),
-    ],
+    (lambda: tiny_config(num_experts_per_tok=9), "num_experts_per_tok is 9; expected at most"),
+    (lambda: tiny_config(num_experts_per_tok=1), "top-1 never learns under norm_topk_prob"),
+    (lambda: tiny_config(num_key_value_heads=3), "num_attention_heads / num_key_value_heads"),
+    (lambda: tiny_config(head_dim=7), "head_dim / 2"),
+    (lambda: tiny_config(qk_norm="layer"), 'qk_norm is "layer"'),
+    (lambda: tiny_config(hidden_size=0), "hidden_size is 0"),
+    (lambda: tiny_model(max_position_embeddings=7)(TOKENS), "8 positions exceed"),
+    (lambda: tiny_model()(TOKENS, replay=ROUTE[..., :1]), "the routes have shape"),
+    (lambda: tiny_model()(TOKENS, replay=ROUTE.float()), "have dtype torch.float32"),
+    (lambda: tiny_model()(TOKENS, replay=ROUTE + 7), "outside 0..7"),
+    (lambda: tiny_model()(TOKENS, replay=ROUTE - 1), "outside 0..7"),
+    (lambda: tiny_model()(TOKENS, replay=ROUTE // 8), "one expert twice"),
+    (lambda: tiny_settings(method="ppo"), 'method is "ppo"; expected one of'),
+    (lambda: run_step(tiny_model(), tiny_settings(mini_steps=3)), "4 prompts do not divide"),
+    (lambda: AdditionTask(2, 8), "too few sums"),
 )
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(InputError, match=message):
@@ -208,12 +207,10 @@ def test_forced_set_whose_probabilities_underflow_is_renormalised():
     assert router.weight.grad.isfinite().all()
 
 
-@parametrize(
+@table(
     ("kind", "expected"),  # KL((3/4, 1/4) || (1/2, 1/2)) and KL((9/10, 1/10) || (3/4, 1/4))
-    [
-        ("post", 0.75 * math.log(1.5) + 0.25 * math.log(0.5)),
-        ("delta", 0.9 * math.log(1.2) + 0.1 * math.log(0.4)),
-    ],
+    ("post", 0.75 * math.log(1.5) + 0.25 * math.log(0.5)),
+    ("delta", 0.9 * math.log(1.2) + 0.1 * math.log(0.4)),
 )
 def test_predictor_loss_is_the_sum_of_a_hand_computed_example(kind, expected):
     log_3 = math.log(3)
@@ -378,19 +375,17 @@ def test_finished_responses_do_not_change_the_others_and_negative_eos_never_ends
     assert torch.equal(ending.tokens[ending.attend], endless.tokens[ending.attend])
 
 
-def test_prompt_may_begin_with_the_id_of_padding(model):
-    prompts, attend = padded_batch(5, 5)
-    prompts[:, :2] = PAD
-    given = sample(model, prompts, attend=attend)
-    same_response(given, sample(model, prompts, pad=18))
-
-
-def test_only_leading_pads_are_padding_and_their_id_may_be_that_of_the_end(model):
-    prompts, attend = padded_batch(5, 3)
-    prompts[~attend] = EOS
-    prompts[:, 3] = EOS
+@table(
+    ("lengths", "token", "column", "pad"),
+    ((5, 5), PAD, 0, 18),  # a prompt may begin with the id of padding
+    ((5, 3), EOS, 3, EOS),  # and padding may have the id of the end, which is real elsewhere
+)
+def test_attend_tells_padding_from_tokens_of_its_id(lengths, token, column, pad, model):
+    prompts, attend = padded_batch(*lengths)
+    prompts[~attend] = token
+    prompts[:, column] = token
     given = sample(model, prompts, attend=attend, samples=8)
-    same_response(given, sample(model, prompts, pad=EOS, samples=8))
+    same_response(given, sample(model, prompts, pad=pad, samples=8))
 
 
 def test_each_prompt_has_its_own_horizon(model):
@@ -431,15 +426,13 @@ def test_group_advantages_of_a_hand_computed_example():
         assert not group_advantages(torch.full((2, responses), 0.7)).any()
 
 
-@parametrize(
+@table(
     ("ratio", "advantage", "loss", "slope"),
-    [
-        (1.0, 2.0, -2.0, -2.0),
-        (1.5, 2.0, -2.56, 0.0),  # risen past 1.28 and still wanted: clipped
-        (0.5, 2.0, -1.0, -2.0),  # fallen though wanted: pulled back
-        (0.5, -2.0, 1.6, 0.0),  # fallen past 0.8 and still unwanted: clipped
-        (1.5, -2.0, 3.0, 2.0),  # risen though unwanted: pulled back
-    ],
+    (1.0, 2.0, -2.0, -2.0),
+    (1.5, 2.0, -2.56, 0.0),  # risen past 1.28 and still wanted: clipped
+    (0.5, 2.0, -1.0, -2.0),  # fallen though wanted: pulled back
+    (0.5, -2.0, 1.6, 0.0),  # fallen past 0.8 and still unwanted: clipped
+    (1.5, -2.0, 3.0, 2.0),  # risen though unwanted: pulled back
 )
 def test_ppo_loss_clips_only_what_went_far_enough(ratio, advantage, loss, slope):
     log_ratio = torch.tensor(math.log(ratio), requires_grad=True)
@@ -467,13 +460,11 @@ def test_sequence_log_ratio_is_the_mean_over_the_response():
     close(pr2_mini.sequence_log_ratio(log_ratio, mask), torch.tensor([[0.2], [0.1]]))
 
 
-@parametrize(
+@table(
     ("kind", "weights"),
-    [
-        ("none", [1, 1, 1, 1, 1, 1]),
-        ("tis", [0.4, 0.6, 1.5, 2, 2, 2]),
-        ("icepop", [0, 0.6, 1.5, 4.9, 0, 0]),
-    ],
+    ("none", [1, 1, 1, 1, 1, 1]),
+    ("tis", [0.4, 0.6, 1.5, 2, 2, 2]),
+    ("icepop", [0, 0.6, 1.5, 4.9, 0, 0]),
 )
 def test_importance_weights_of_known_ratios(kind, weights):
     log_ratios = torch.tensor([0.4, 0.6, 1.5, 4.9, 5.1, math.inf]).log()
@@ -567,16 +558,14 @@ def test_optimizer_has_each_parameter_once_in_the_group_with_its_rate(tie):
 
 
 # The table of passes in the head of pr2_mini.py; None = top-k of the pass itself.
-@parametrize(
+@table(
     ("method", "rollout_m", "old_m", "old_replay", "update_replay"),
-    [
-        ("grpo", None, None, None, None),
-        ("gspo", None, None, None, None),
-        ("r2", None, None, None, "old pass"),
-        ("pr2-trainer", None, 1.0, None, "old pass"),
-        ("r3", None, None, "rollout", "rollout"),
-        ("pr2", 1.0, None, "rollout", "rollout"),
-    ],
+    ("grpo", None, None, None, None),
+    ("gspo", None, None, None, None),
+    ("r2", None, None, None, "old pass"),
+    ("pr2-trainer", None, 1.0, None, "old pass"),
+    ("r3", None, None, "rollout", "rollout"),
+    ("pr2", 1.0, None, "rollout", "rollout"),
 )
 def test_experts_of_each_pass(method, rollout_m, old_m, old_replay, update_replay, model):
     seen = run_step(model, tiny_settings(method=method, mini_steps=1))
@@ -614,7 +603,7 @@ def test_zero_predictor_or_gain_is_plain_replay_bit_for_bit(methods, predictor, 
         config = tiny_settings(method=method, predictor=predictor, rollout_dtype=dtype, alpha=0.0)
         seen = run_step(model, config, warmed_up(model, config, fit=(0.0, 1.0)))
         metrics.append(comparable(seen.metrics))
-        weights.append(weights_of(model))
+        weights.append(dict(model.named_parameters()))
     assert metrics[0] == metrics[1]
     same_bits(weights[0], weights[1])
 
@@ -631,7 +620,7 @@ def test_micro_batches_change_a_step_by_rounding_only(method, predictor):
             group["eps"] = 1.0  # else Adam makes a full step of the rounding of a zero gradient
             group["lr"] = 1.0
         run_step(model, config, optimizer)
-        weights.append(weights_of(model))
+        weights.append(dict(model.named_parameters()))
     assert (weights[0]["embed.weight"] - tiny_model().embed.weight).abs().max() > 0.01
     close(weights[1], weights[0], tolerance=1e-4)
 
@@ -698,27 +687,25 @@ def test_update_that_is_not_finite_is_skipped_and_counted(bad, skipped, model):
 
 
 # ------------------------------------------------------------------------- 6. What is measured
-@parametrize(
+@table(
     ("name", "ratio", "advantage", "total"),
-    [
-        ("agreement", 1.0, 1.0, 3.0),  # (1 + 2/3 + 1/3 + 0 in layer 1, 4 in layer 2) / 2
-        ("no_deviation", 1.0, 1.0, 2.5),
-        ("deviations_1", 1.0, 1.0, 0.5),
-        ("deviations_2", 1.0, 1.0, 0.5),
-        ("deviations_3_or_more", 1.0, 1.0, 0.5),
-        ("stale_agreement", 1.0, 1.0, 11 / 3),
-        ("stale_no_deviation", 1.0, 1.0, 3.0),
-        ("coverage_gap", 1.0, 1.0, 1.2),  # (0.18 + 0.22 + 0.46 + 0.82 + 4 * 0.18) / 2
-        ("stale_kl", 1.0, 1.0, 1.240007),  # 4 * (ln 6 - the entropy of rho)
-        ("clipfrac_high", 1.3, 1.0, 1.0),
-        ("clipfrac_high", 1.25, 1.0, 0.0),
-        ("clipfrac_high", 1.3, -1.0, 0.0),
-        ("clipfrac_low", 0.75, -1.0, 1.0),
-        ("clipfrac_low", 0.85, -1.0, 0.0),
-        ("clipfrac_low", 0.7, 1.0, 0.0),
-        ("approx_kl", 1.5, 1.0, 0.5 - math.log(1.5)),
-        ("log_ratio_mean", 0.5, 1.0, math.log(2)),
-    ],
+    ("agreement", 1.0, 1.0, 3.0),  # (1 + 2/3 + 1/3 + 0 in layer 1, 4 in layer 2) / 2
+    ("no_deviation", 1.0, 1.0, 2.5),
+    ("deviations_1", 1.0, 1.0, 0.5),
+    ("deviations_2", 1.0, 1.0, 0.5),
+    ("deviations_3_or_more", 1.0, 1.0, 0.5),
+    ("stale_agreement", 1.0, 1.0, 11 / 3),
+    ("stale_no_deviation", 1.0, 1.0, 3.0),
+    ("coverage_gap", 1.0, 1.0, 1.2),  # (0.18 + 0.22 + 0.46 + 0.82 + 4 * 0.18) / 2
+    ("stale_kl", 1.0, 1.0, 1.240007),  # 4 * (ln 6 - the entropy of rho)
+    ("clipfrac_high", 1.3, 1.0, 1.0),
+    ("clipfrac_high", 1.25, 1.0, 0.0),
+    ("clipfrac_high", 1.3, -1.0, 0.0),
+    ("clipfrac_low", 0.75, -1.0, 1.0),
+    ("clipfrac_low", 0.85, -1.0, 0.0),
+    ("clipfrac_low", 0.7, 1.0, 0.0),
+    ("approx_kl", 1.5, 1.0, 0.5 - math.log(1.5)),
+    ("log_ratio_mean", 0.5, 1.0, math.log(2)),
 )
 def test_measures_of_known_routes_and_a_known_ratio(name, ratio, advantage, total):
     """Two layers, a response of four tokens, and a fifth that is padding. Today's top-3 is
@@ -797,17 +784,15 @@ def unrelated(b):
     return torch.cat([second, -first], dim=1)
 
 
-@parametrize(
+@table(
     ("drifts", "gain"),
-    [
-        ([lambda b: b], 1.0),
-        ([lambda b: 0.5 * b + unrelated(b)], 0.5),  # least squares
-        ([lambda b: 0.5 * b + 7.0], 0.5),  # what all experts of a token gain alike routes nobody
-        ([lambda b: 2.0 * b], 1.0),
-        ([lambda b: -1.0 * b], 0.0),
-        ([torch.clone, torch.zeros_like], 0.85 / 1.85),  # the past counts less by and by
-        ([lambda b: 0.5 * b, lambda b: b * math.nan], 0.5),
-    ],
+    ([lambda b: b], 1.0),
+    ([lambda b: 0.5 * b + unrelated(b)], 0.5),  # least squares
+    ([lambda b: 0.5 * b + 7.0], 0.5),  # what all experts of a token gain alike routes nobody
+    ([lambda b: 2.0 * b], 1.0),
+    ([lambda b: -1.0 * b], 0.0),
+    ([torch.clone, torch.zeros_like], 0.85 / 1.85),  # the past counts less by and by
+    ([lambda b: 0.5 * b, lambda b: b * math.nan], 0.5),
 )
 def test_gain_is_the_share_of_the_prediction_that_came_true(drifts, gain, model):
     optimizer = warmed_up(model, MOMENTUM, fit=(0.0, 0.0))
@@ -886,7 +871,12 @@ def test_slips_make_solutions_wrong(slip, right):
 HF_TOKENS = torch.tensor([[0, 0, 5, 6, 11], [7, 8, 9, 10, 12]])  # 0 is padding
 HF_REAL = HF_TOKENS != 0
 GATE = "model.layers.1.mlp.gate.weight"
-needs_transformers = pytest.mark.skipif(transformers is None, reason="pip install transformers")
+
+
+@pytest.fixture(scope="session")
+def extras():
+    if transformers is None or importlib.util.find_spec("math_verify") is None:
+        pytest.skip("pip install transformers math-verify")
 
 
 def hf_model(kind, folder, **changes):
@@ -906,6 +896,12 @@ def hf_model(kind, folder, **changes):
             nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(folder)
     return model
+
+
+def edit_json(path, name, value):
+    content = json.loads(path.read_text())
+    content[name] = value
+    path.write_text(json.dumps(content))
 
 
 def load(folder, dtype=torch.float32):
@@ -930,10 +926,8 @@ def compare(model, theirs, **forward):
 
 
 @pytest.fixture(params=["qwen3_moe", "olmoe", "mixtral"])
-def saved(request, tmp_path):
+def saved(extras, request, tmp_path):
     """A model of transformers, and the same loaded from tmp_path / "model"."""
-    if transformers is None:
-        pytest.skip("pip install transformers")
     theirs = hf_model(request.param, tmp_path / "model")
     return theirs, randomise_predictor(load(tmp_path / "model"))
 
@@ -945,10 +939,9 @@ def test_loaded_model_routes_computes_and_replays_as_transformers_does(saved):
     compare(model, theirs, replay=trace.experts.flip(-1))
 
 
-@needs_transformers
 @parametrize("kind", ["qwen3_moe", "olmoe"])
 @parametrize("value", [True, False])
-def test_loaded_model_heeds_its_config(kind, value, tmp_path):
+def test_loaded_model_heeds_its_config(extras, kind, value, tmp_path):
     theirs = hf_model(kind, tmp_path, norm_topk_prob=value, tie_word_embeddings=value)
     model = load(tmp_path)
     compare(model, theirs)
@@ -999,16 +992,14 @@ def test_folded_folder_routes_by_the_prediction_in_any_engine(saved, tmp_path):
     assert not predictor_weights(load(tmp_path / "folded")).any()
 
 
-@needs_transformers
 @parametrize("qk_norm", ["head", "full", "none"])
-def test_model_built_here_is_saved_as_the_family_of_its_norm(qk_norm, tmp_path):
+def test_model_built_here_is_saved_as_the_family_of_its_norm(extras, qk_norm, tmp_path):
     model = tiny_model(qk_norm=qk_norm).cpu()
     model.save_pretrained(tmp_path / "model")
     compare(model, hf_load(tmp_path / "model"))
 
 
-@needs_transformers
-def test_refused_save_writes_nothing(model, tmp_path):
+def test_refused_save_writes_nothing(extras, model, tmp_path):
     with pytest.raises(InputError, match="exists; choose another folder"):
         model.save_pretrained(tmp_path)
     model = tiny_model(qk_norm="none", norm_topk_prob=False)
@@ -1017,9 +1008,8 @@ def test_refused_save_writes_nothing(model, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@needs_transformers
 @parametrize("error", [OSError, KeyboardInterrupt])
-def test_failure_while_saving_leaves_nothing_behind(error, model, tmp_path, monkeypatch):
+def test_failure_while_saving_leaves_nothing_behind(extras, error, model, tmp_path, monkeypatch):
     def fail(*_):
         raise error
 
@@ -1029,59 +1019,47 @@ def test_failure_while_saving_leaves_nothing_behind(error, model, tmp_path, monk
     assert not any(tmp_path.iterdir())
 
 
-@needs_transformers
-@parametrize(
+@table(
     ("name", "value"),
-    [
-        ("model_type", "qwen2_moe"),
-        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
-        ("sliding_window", 16),
-        ("attention_bias", True),
-        ("clip_qkv", 8.0),
-        ("hidden_act", "gelu"),
-        ("mlp_only_layers", [0]),
-        ("decoder_sparse_step", 2),
-        ("quantization_config", {"quant_method": "fp8"}),
-    ],
+    ("model_type", "qwen2_moe"),
+    ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+    ("sliding_window", 16),
+    ("attention_bias", True),
+    ("clip_qkv", 8.0),
+    ("hidden_act", "gelu"),
+    ("mlp_only_layers", [0]),
+    ("decoder_sparse_step", 2),
+    ("quantization_config", {"quant_method": "fp8"}),
 )
-def test_setting_that_is_not_implemented_is_refused_by_name(name, value, tmp_path):
+def test_setting_that_is_not_implemented_is_refused_by_name(extras, name, value, tmp_path):
     hf_model("olmoe", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config[name] = value
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    edit_json(tmp_path / "config.json", name, value)
     with pytest.raises(InputError, match=name.replace("_", ".")):  # "rope scaling"
         load(tmp_path)
 
 
-@needs_transformers
-@parametrize(
+@table(
     ("edit", "message"),
-    [
-        (lambda weights: weights.pop(GATE), f"missing_keys, as {GATE}"),
-        (lambda weights: weights.update(extra=torch.ones(2)), "unexpected_keys, as extra"),
-        (lambda weights: weights.update({GATE: torch.ones(7, 32)}), f"mismatched_keys, .*{GATE}"),
-        (lambda weights: weights[GATE][3, 3].fill_(math.nan), f"{GATE} .*not finite"),
-    ],
+    (lambda weights: weights.pop(GATE), f"missing_keys, as {GATE}"),
+    (lambda weights: weights.update(extra=H), "unexpected_keys, as extra"),
+    (lambda weights: weights.update({GATE: H[:7]}), f"mismatched_keys, .*{GATE}"),
+    (lambda weights: weights[GATE][3, 3].fill_(math.nan), f"{GATE} .*not finite"),
 )
-def test_weights_that_do_not_fit_are_refused(edit, message, tmp_path):
-    hf_model("qwen3_moe", tmp_path)
-    weights = safetensors.load_file(tmp_path / "model.safetensors")
-    edit(weights)
-    safetensors.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=message):
-        load(tmp_path)
-
-
-@needs_transformers
-@parametrize("name", ["config.json", "model.safetensors", "predictor/model.safetensors"])
-@parametrize("damage", ["truncated", "absent"])
-def test_damaged_folder_is_refused(name, damage, model, tmp_path):
+def test_weights_that_do_not_fit_are_refused(extras, edit, message, model, tmp_path):
     model.save_pretrained(tmp_path / "model")
-    path = tmp_path / "model" / name
-    beginning = path.read_bytes()[:50]
-    path.unlink()
-    if damage == "truncated":
-        path.write_bytes(beginning)
+    path = tmp_path / "model" / "model.safetensors"
+    weights = safetensors.load_file(path)
+    edit(weights)
+    safetensors.save_file(weights, path, {"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / "model")
+
+
+@parametrize("name", ["config.json", "model.safetensors", "predictor/model.safetensors"])
+@parametrize("damage", [lambda path: os.truncate(path, 50), Path.unlink])
+def test_damaged_folder_is_refused(extras, name, damage, model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    damage(tmp_path / "model" / name)
     with pytest.raises(InputError, match=str(tmp_path / "model")):
         load(tmp_path / "model")
 
@@ -1117,7 +1095,7 @@ def refusal(flags):
 
 
 def settings_of(flags):
-    return train_toy.make_settings(train_toy.parse(flags.split())[1], "the test")
+    return train_toy.make_settings(train_toy.parse(flags.split())[1])
 
 
 @pytest.fixture(scope="session")
@@ -1158,7 +1136,7 @@ def rows(folder):
 
 
 def newest(folder):
-    return (folder / "checkpoint" / "latest").read_text()
+    return train_toy.checkpoints_of(folder)[-1].name
 
 
 def checkpoint_of(folder):
@@ -1177,27 +1155,25 @@ def same_run(folder, other):
 
 
 # ------------------------------------------------------------------------------------ 1. Settings
-@parametrize(
+@table(
     ("flags", "message"),
-    [
-        ("--method ppo", "argument --method: invalid choice: 'ppo'"),
-        ("--seed one", "argument --seed: invalid int value: 'one'"),
-        ("--meth r3", "unrecognized arguments: --meth r3"),
-        ("--steps 0", "steps 0; expected a number of at least 1"),
-        ("--seed -1", "seed -1; expected a number of at least 0"),
-        ("--temperature 0", "expected a temperature above 0"),
-        ("--prompts 63", "63 prompts do not divide into 2 mini-steps"),
-        ("--experts 3", "num_experts_per_tok is 4; expected at most num_experts, 3"),
-        ("--operands 1", "1 numbers up to 9 make too few sums"),
-        ("--max-new-tokens 2043", "2048 positions; lower --max-new-tokens"),
-        ("--compare pr2:alpha=big", 'gives alpha the bad value "big"'),
-        ("--compare pr2:alpha=1e999", "alpha inf; expected"),
-        ("--compare pr2:beta=1", 'changes "beta", which is no setting of a variant'),
-        ("--compare pr2 pr2:alpha=2", "names pr2:alpha=2 twice"),
-        ("--compare r3 --method r2", "takes methods as variants, not as --method"),
-        ("--compare r3 --resume run", "goes on by itself"),
-        ("--benchmark --checkpoint x", "--benchmark times the toy; leave out --checkpoint"),
-    ],
+    ("--method ppo", "argument --method: invalid choice: 'ppo'"),
+    ("--seed one", "argument --seed: invalid int value: 'one'"),
+    ("--meth r3", "unrecognized arguments: --meth r3"),
+    ("--steps 0", "steps 0; expected a number of at least 1"),
+    ("--seed -1", "seed -1; expected a number of at least 0"),
+    ("--prompts 63", "63 prompts do not divide into 2 mini-steps"),
+    ("--operands 1", "1 numbers up to 9 make too few sums"),
+    ("--max-new-tokens 2043", "2048 positions; lower --max-new-tokens"),
+    ("--compare pr2:alpha=big", 'pr2:alpha=big": argument --alpha: invalid float value'),
+    ("--compare pr2:out=run", 'has "out", which is not a setting'),
+    ("--compare pr2:seed=1", "changes seed, which is no setting of a variant"),
+    ("--compare pr2:alpha=1e999", "alpha inf; expected"),
+    ("--compare pr2:beta=1", 'has "beta", which is not a setting'),
+    ("--compare pr2 pr2:alpha=2", "names pr2:alpha=2 twice"),
+    ("--compare r3 --method r2", "takes methods as variants, not as --method"),
+    ("--compare r3 --resume run", "goes on by itself"),
+    ("--benchmark --checkpoint x", "--benchmark times the toy; leave out --checkpoint"),
 )
 def test_bad_flag_is_refused_before_anything_is_written(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1226,8 +1202,6 @@ def test_bug_of_a_fork_keeps_its_traceback(mistake, base, tmp_path, monkeypatch)
 
 
 # ------------------------------------------------------------------------------ 3. A run's files
-
-
 def test_metrics_have_one_flat_line_for_each_rollout_batch(finished):
     history = rows(finished.folder)
     assert [row["step"] for row in history] == list(range(1, 11))
@@ -1253,7 +1227,7 @@ def test_last_two_checkpoints_are_kept_and_nothing_half_written(finished):
     names = {path.name for path in finished.folder.iterdir()}
     kept = {path.name for path in (finished.folder / "checkpoint").iterdir()}
     assert names - {"run.png"} == {"config.json", "metrics.jsonl", "checkpoint"}
-    assert kept == {"latest", "step-8", "step-10"}
+    assert kept == {"step-8", "step-10"}
     assert newest(finished.folder) == "step-10"
 
 
@@ -1268,20 +1242,18 @@ def test_default_folder_is_new_for_a_run_and_depends_on_all_that_is_compared(tmp
     assert [name.split("-")[0] for name in names] == ["compare"] * 6 + ["pr2"] * 2
 
 
-@parametrize(
+@table(
     ("name", "message"),
-    [
-        ("checkpoint/latest", "--resume it"),
-        ("notes.txt", "notes.txt"),
-        ("metrics.jsonl", "metrics"),
-    ],
+    ("checkpoint/step-4", "--resume it"),
+    ("notes.txt", "notes.txt"),
+    ("metrics.jsonl", "metrics"),
 )
 def test_folder_that_is_not_empty_is_refused_and_left_alone(name, message, base, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("precious")
     assert message in refusal(f"{base} --out {tmp_path}")
     assert (tmp_path / name).read_text() == "precious"
-    assert "cannot write the folder" in refusal(f"{base} --out {tmp_path / name}")
+    assert "cannot write" in refusal(f"{base} --out {tmp_path / name}")
 
 
 @parametrize("flags", ["--out", "--resume", f"{SMALL} --compare r3 --out"])
@@ -1305,18 +1277,16 @@ def die_after(monkeypatch, owner, name, call):
     monkeypatch.setattr(owner, name, dying)
 
 
-@parametrize(
+@table(
     ("owner", "name", "call", "begun"),
-    [
-        (train_toy, "open_device", 1, False),
-        (train_toy.os, "replace", 1, False),  # config.json is there
-        (train_toy.dcp, "save", 1, False),
-        (Path, "rename", 2, False),  # step-0 is there, latest is not
-        (train_toy.os, "replace", 4, True),  # latest is there
-        (train_toy.dcp, "save", 2, True),  # the weights are there, progress.json is not
-        (train_toy.os, "replace", 6, True),  # latest names step-4
-        (pr2_mini, "rl_step", 6, True),
-    ],
+    (train_toy, "open_device", 1, False),
+    (train_toy.os, "replace", 1, False),  # config.json is there
+    (train_toy.dcp, "save", 1, False),
+    (train_toy.os, "replace", 2, False),  # step.partial is complete, but not yet step-0
+    (Path, "rename", 2, True),  # step-0 is there
+    (train_toy.dcp, "save", 2, True),  # the weights are there, progress.json is not
+    (Path, "rename", 6, True),  # step-8 is there, and step-0 still is
+    (pr2_mini, "rl_step", 6, True),
 )
 def test_run_killed_at_any_moment_resumes_to_the_same_bits_or_begins_anew(
     owner, name, call, begun, base, finished, tmp_path, monkeypatch
@@ -1325,7 +1295,7 @@ def test_run_killed_at_any_moment_resumes_to_the_same_bits_or_begins_anew(
     die_after(monkeypatch, owner, name, call)
     assert toy(flags).code == "killed"
     monkeypatch.undo()
-    assert (tmp_path / "run" / "checkpoint" / "latest").exists() == begun
+    assert bool(train_toy.checkpoints_of(tmp_path / "run")) == begun
     assert toy(f"--resume {tmp_path / 'run'}" if begun else flags).code == 0
     same_run(tmp_path / "run", finished.folder)
 
@@ -1353,42 +1323,33 @@ def test_more_steps_and_other_folders_may_be_given_on_resume_and_no_other_flags(
     assert train_toy.read_json(copied / "config.json")["steps"] == 12
 
 
-@parametrize(
+@table(
     ("name", "content", "message"),
-    [
-        ("config.json", '{"steps": "10"}', "has steps '10'; expected a value of type int"),
-        ("config.json", '{"steps": true}', "has steps True; expected a value of type int"),
-        ("config.json", '{"alpha": "2"}', "has alpha '2'; expected a value of type float"),
-        ("config.json", '{"alpha": NaN}', "has alpha nan; expected a number"),
-        ("config.json", '{"data": 3}', "has data 3; expected a value of type str"),
-        ("config.json", '{"method": 3}', 'method is "3"; expected one of grpo'),
-        ("config.json", '{"colour": 3}', 'has "colour", which is not a setting'),
-        ("config.json", "{}", "config.json lacks alpha"),
-        ("config.json", "[]", "config.json is damaged: expected a JSON object"),
-        ("config.json", "{", "config.json is missing or damaged"),
-        ("checkpoint/latest", "../checkpoint", 'latest is damaged: it names "../checkpoint"'),
-        ("checkpoint/latest", None, "has no checkpoint; start the run again with --out"),
-        ("checkpoint/step-10/progress.json", '{"step": 8, "before": []}', "json is damaged"),
-        ("checkpoint/step-10/progress.json", '{"step": 10}', "progress.json is damaged"),
-        ("checkpoint/step-10/.metadata", "torn", "step-10 is damaged or of another model"),
-        ("checkpoint/step-10/__0_0.distcp", "torn", "step-10 is damaged or of another model"),
-        ("metrics.jsonl", None, "metrics.jsonl has 0 lines; expected the 10"),
-        ("metrics.jsonl", '{"step": 1}\n{"step"' + "\n" * 9, "line 2 of"),
-        ("metrics.jsonl", '{"step": 1}\n{"step": 3}' + "\n" * 9, "line 2 of"),
-    ],
+    ("config.json", '{"steps": true}', "argument --steps: invalid int value: 'True'"),
+    ("config.json", '{"colour": 3}', 'has "colour", which is not a setting'),
+    ("config.json", "{}", "config.json lacks alpha"),
+    ("config.json", "[]", "config.json is damaged: expected a JSON object"),
+    ("config.json", "{", "config.json is missing or damaged"),
+    ("checkpoint", None, "has no checkpoint; start the run again with --out"),
+    ("checkpoint/step-10/progress.json", None, "progress.json is missing or damaged"),
+    ("checkpoint/step-10/progress.json", '{"before": [], "history": []}', "json is damaged"),
+    ("checkpoint/step-10/progress.json", '{"step": 10}', "progress.json is damaged"),
+    ("checkpoint/step-10/.metadata", "torn", "step-10 is damaged or of another model"),
+    ("checkpoint/step-10/__0_0.distcp", "torn", "step-10 is damaged or of another model"),
 )
 def test_damaged_piece_of_a_run_is_named(name, content, message, copied):
-    (copied / name).unlink()
+    (copied / name).rename(copied / "old")
     if content is not None:
         (copied / name).write_text(content)
     said = refusal(f"--resume {copied}")
     assert message in said
-    assert str(copied) in said or "expected one of grpo" in said
+    assert str(copied) in said
 
 
 def test_checkpoint_with_weights_that_are_not_finite_is_refused_by_name(copied):
     tensors, progress = checkpoint_of(copied)
     tensors["blocks.1.moe.down"].view(-1)[7] = math.inf
+    shutil.rmtree(copied / "checkpoint" / "step-10")
     train_toy.save_checkpoint(copied, tensors, progress)
     message = refusal(f"--resume {copied}")
     assert "step-10 has blocks.1.moe.down with values that are not finite" in message
@@ -1399,15 +1360,13 @@ OF_A_PROCESS = train_toy.CheckpointException("", {0: (NO_SPACE, [])})
 OF_TORCH = RuntimeError("[enforce fail at inline_container.cc:672]")
 
 
-@parametrize(
+@table(
     ("owner", "name", "error", "free", "message"),
-    [
-        (train_toy.os, "fsync", NO_SPACE, 10**9, "config.json: the disk is full; 1000 MB"),
-        (train_toy.dcp, "save", NO_SPACE, 10**9, "step-11: the disk is full; 1000 MB are free"),
-        (train_toy.dcp, "save", OF_A_PROCESS, 10**9, "step-11: the disk is full; 1000 MB"),
-        (train_toy.dcp, "save", OF_TORCH, 0, "step-11: the disk is full; 0 MB are free"),
-        (train_toy.dcp, "save", OF_TORCH, 10**9, "step-11: [enforce fail at inline_container"),
-    ],
+    (train_toy.os, "fsync", NO_SPACE, 10**9, "config.json: the disk is full; 1000 MB"),
+    (train_toy.dcp, "save", NO_SPACE, 10**9, "step-11: the disk is full; 1000 MB are free"),
+    (train_toy.dcp, "save", OF_A_PROCESS, 10**9, "step-11: the disk is full; 1000 MB"),
+    (train_toy.dcp, "save", OF_TORCH, 0, "step-11: the disk is full; 0 MB are free"),
+    (train_toy.dcp, "save", OF_TORCH, 10**9, "step-11: [enforce fail at inline_container"),
 )
 def test_full_disk_is_called_so(owner, name, error, free, message, copied, monkeypatch):
     monkeypatch.setattr(owner, name, mock.Mock(side_effect=error))
@@ -1421,10 +1380,7 @@ def test_full_disk_is_called_so(owner, name, error, free, message, copied, monke
 
 
 # --------------------------------------------------------------------------------- 4. Base model
-@parametrize(
-    ("experts", "loss"),
-    [([0, 1, 2, 3, 0, 1, 2, 3], 1.0), ([0] * 8, 4.0), ([0, 1, 0, 1, 0, 1, 0, 1], 2.0)],
-)
+@parametrize(("experts", "loss"), [([0, 1, 2, 3] * 2, 1.0), ([0] * 8, 4.0), ([0, 1] * 4, 2.0)])
 def test_load_balancing_loss_of_a_known_load_does_not_count_padding(experts, loss):
     routes = torch.tensor(experts + [3] * 5).view(1, 1, 13, 1)
     logits = 100.0 * F.one_hot(routes[..., 0], 4)
@@ -1466,13 +1422,8 @@ def test_run_whose_last_update_is_skipped_says_so_and_fails(base, tmp_path):
 
 
 def test_run_that_recovers_says_how_many_updates_were_skipped(base, tmp_path, monkeypatch):
-    right = AdditionTask.rewards
-
-    def nan_at_first(task, problems, responses):
-        monkeypatch.setattr(AdditionTask, "rewards", right)
-        return torch.full((len(problems),), math.nan)
-
-    monkeypatch.setattr(AdditionTask, "rewards", nan_at_first)
+    rewards = [torch.full((16,), math.nan)] + [torch.tensor([1.0, 0.0] * 8)] * 10
+    monkeypatch.setattr(AdditionTask, "rewards", mock.Mock(side_effect=rewards))
     done = toy(f"{base} --steps 2 --out {tmp_path}")
     assert done.code == 0
     assert done.errors.endswith("\n2 updates were not finite and were skipped\n")
@@ -1481,8 +1432,6 @@ def test_run_that_recovers_says_how_many_updates_were_skipped(base, tmp_path, mo
 
 
 # ---------------------------------------------------------------------------------- 8. Comparison
-
-
 COMPARED = ["r3", "pr2:alpha=1e-2", "pr2:alpha=1e+2,predictor=momentum"]
 
 
@@ -1525,12 +1474,21 @@ def test_comparison_prints_a_table_and_writes_its_numbers(compared):
 def test_finished_comparison_is_summed_up_again_without_training(compared, monkeypatch):
     numbers = (compared.folder / "compare.json").read_text()
     for folder in compared.folder.glob("r3-*"):  # killed while the checkpoint was removed
-        (folder / "checkpoint" / "step-3").mkdir(parents=True)
+        (folder / "checkpoint.partial" / "step-3").mkdir(parents=True)
     monkeypatch.setattr(train_toy, "train", mock.Mock(side_effect=AssertionError()))
     done = toy(f"{compared.flags} --out {compared.folder}")
     assert done.code == 0
     assert "pip install matplotlib" in done.output
     assert (compared.folder / "compare.json").read_text() == numbers
+
+
+@parametrize("content", ['{"step": 1', '{"step": 2}\n', "3\n3\n3\n"])
+def test_damaged_metrics_of_a_finished_run_are_named(content, compared, tmp_path):
+    folder = shutil.copytree(compared.folder, tmp_path / "copy")
+    (path,) = folder.glob("r3-seed1-*/metrics.jsonl")
+    path.write_text(content)
+    message = f"{path} is damaged: expected the rollout batches 1 to 3"
+    assert message in refusal(f"{compared.flags} --out {folder}")
 
 
 def test_comparison_that_was_killed_goes_on_where_it_was(compared, tmp_path, monkeypatch):
@@ -1546,36 +1504,29 @@ def test_comparison_that_was_killed_goes_on_where_it_was(compared, tmp_path, mon
         assert rows(tmp_path / name) == rows(compared.folder / name)
 
 
-def history_of(finished, **changes):
-    """One rollout batch of a real run, with those numbers changed."""
-    row = rows(finished.folder)[0]
-    row.update(changes)
-    return [row]
-
-
-@parametrize(
+@table(
     ("column", "value", "changes"),
-    [
-        ("agreement/2", 25.0, {"agreement/2": 0.25}),
-        ("removed/2", 25.0, {"agreement/2": 0.85, "stale_agreement/2": 0.8}),
-        ("removed/2", None, {"agreement/2": 1.0, "stale_agreement/2": 1.0}),
-        ("clipfrac", 0.5, {"clipfrac_low/2": 0.1, "clipfrac_high/2": 0.4}),
-        ("log10 largest ratio", 2.0, {"log_ratio_max/1": math.log(100), "log_ratio_max/2": 0.1}),
-        ("reward", None, {"reward": None}),
-    ],
+    ("agreement/2", 25.0, {"agreement/2": 0.25}),
+    ("removed/2", 25.0, {"agreement/2": 0.85, "stale_agreement/2": 0.8}),
+    ("removed/2", None, {"agreement/2": 1.0, "stale_agreement/2": 1.0}),
+    ("clipfrac", 0.5, {"clipfrac_low/2": 0.1, "clipfrac_high/2": 0.4}),
+    ("log10 largest ratio", 2.0, {"log_ratio_max/1": math.log(100), "log_ratio_max/2": 0.1}),
+    ("reward", None, {"reward": None}),
 )
 def test_summary_of_a_known_run(column, value, changes, finished):
-    assert train_toy.summary(history_of(finished, **changes))[column] == pytest.approx(value)
+    row = rows(finished.folder)[0]
+    row.update(changes)
+    assert train_toy.summary([row])[column] == pytest.approx(value)
 
 
 def test_summary_settles_after_ten_batches_and_takes_the_last_ten_rewards(finished):
-    history = []
-    for step in range(1, 31):
-        changes = {"reward": step, "agreement/2": 0.9 if step > 10 else 0.0}
-        history += history_of(finished, **changes)
+    history = [dict(row) for row in 3 * rows(finished.folder)]
+    for step, row in enumerate(history, start=1):
+        row["agreement/2"] = 0.9 if step > 10 else 0.0
+        row["reward"] = 0.5 if step > 20 else 0.0
     found = train_toy.summary(history)
     assert found["agreement/2"] == pytest.approx(90)
-    assert found["reward"] == 25.5
+    assert found["reward"] == 0.5
 
 
 def test_table_has_means_and_students_intervals_of_paired_differences():
@@ -1619,8 +1570,7 @@ def test_picture_tells_what_prediction_caught_from_what_it_missed(recorded, stal
 
 
 # ----------------------------------------------------------------------------------- 10. Benchmark
-@needs_transformers
-def test_benchmark_prints_its_rows(capsys, monkeypatch):
+def test_benchmark_prints_its_rows(extras, capsys, monkeypatch):
     def call_twice(calls, rounds):
         for call in calls + calls:
             call()
@@ -1637,10 +1587,6 @@ def test_benchmark_prints_its_rows(capsys, monkeypatch):
 
 
 # ------------------------------------------------------------------ 5. Questions for a checkpoint
-needs_questions = pytest.mark.skipif(
-    transformers is None or importlib.util.find_spec("math_verify") is None,
-    reason="pip install transformers math-verify",
-)
 SPECIAL = ["<pad>", "<eos>", "<user>", "<bot>", "<bos>", "<system>"]  # ids 0 to 5
 TEMPLATE = (
     "<bos>{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -1671,10 +1617,8 @@ def save_tokenizer(folder, template=TEMPLATE, limits=False, **changes):
 
 
 @pytest.fixture(scope="session")
-def published(tmp_path_factory):
+def published(extras, tmp_path_factory):
     """The flags for a tiny checkpoint with a chat template and for 100 questions like GSM8K's."""
-    if needs_questions.args[0]:
-        return ""
     folder = tmp_path_factory.mktemp("published")
     tiny_model(vocab_size=262, max_position_embeddings=256).save_pretrained(folder / "model")
     save_tokenizer(folder / "model")
@@ -1704,68 +1648,58 @@ def other_tokenizer(published, tmp_path):
     return change
 
 
-@needs_questions
 @parametrize("limits", [False, True])  # a stored padding and truncation must not leak in
-@parametrize(
+@table(
     ("template", "flags", "prompt"),
-    [
-        (TEMPLATE, "", "<bos><user>What is 0 plus 0?<bot>"),
-        (TEMPLATE, "--system Think.", "<bos><system>Think.<user>What is 0 plus 0?<bot>"),
-        (None, "", "<bos>What is 0 plus 0?\nAnswer:"),
-    ],
+    (TEMPLATE, "", "<bos><user>What is 0 plus 0?<bot>"),
+    (TEMPLATE, "--system Think.", "<bos><system>Think.<user>What is 0 plus 0?<bot>"),
+    (None, "", "<bos>What is 0 plus 0?\nAnswer:"),
 )
 def test_prompt_is_templated_or_plain(template, flags, prompt, limits, other_tokenizer):
     task = asked(other_tokenizer(template=template, limits=limits), flags)
-    assert task.tokenizer.decode(task.ids[0]) == prompt
+    assert task.tokenizer.decode(task.encode("What is 0 plus 0?")) == prompt
 
 
-@needs_questions
 @parametrize(
     ("config", "generation", "ends"),
     [(None, None, [1]), ([7, 8], None, [1, 7, 8]), (1, [9, 1], [1, 9]), (7, 9, [1, 7, 9])],
 )
 def test_every_end_token_ends_a_response(config, generation, ends, other_tokenizer, tmp_path):
     flags = other_tokenizer()
-    for name, value in (("config.json", config), ("generation_config.json", generation)):
-        content = train_toy.read_json(tmp_path / "model" / name)
-        content["eos_token_id"] = value
-        (tmp_path / "model" / name).write_text(json.dumps(content))
+    edit_json(tmp_path / "model" / "config.json", "eos_token_id", config)
+    edit_json(tmp_path / "model" / "generation_config.json", "eos_token_id", generation)
     assert asked(flags).eos == ends
 
 
-@needs_questions
 @parametrize("pad", [None, "<eos>"])
 def test_padding_may_be_the_end_token(pad, other_tokenizer):
     task = asked(other_tokenizer(pad_token=pad))
-    task.ids[:2] = [[1, 7, 1], [8]]
-    tokens, attend = task.prompts([0, 1])
+    problems = [train_toy.Question("Why?", "", ids) for ids in ((1, 7, 1), (8,))]
+    tokens, attend = task.prompts(problems)
     assert task.pad == 1
     assert tokens.tolist() == [[1, 7, 1], [1, 1, 8]]
     assert attend.tolist() == [[True, True, True], [False, False, True]]
 
 
-@needs_questions
 def test_prompts_that_are_too_long_are_left_out_and_counted(published, tmp_path, capsys):
     path = tmp_path / "sums.jsonl"
     long = json.dumps({"question": 100 * "long ", "answer": 1}) + "\n"
     path.write_text(Path(published.split()[3]).read_text() + 3 * long)
     task = asked(f"{published} --data {path}", "--prompt-length 99")
     assert "left out         3 prompts of more than 99 tokens" in capsys.readouterr().out
-    assert max(task.parts[True] + task.parts[False]) == 99
+    assert len(task.training + task.held_out) == 100
 
 
-@needs_questions
 @parametrize(
     ("written", "answer"),
     [("We add.\n#### 12", "12"), (" 12 ", "12"), (12, "12"), (r"#### \frac12", r"$\frac12$")],
 )
-def test_answer_is_what_follows_the_hashes_or_bare(written, answer, tmp_path):
+def test_answer_is_what_follows_the_hashes_or_bare(extras, written, answer, tmp_path):
     row = {"question": "a\u2028b\x85", "answer": written}  # str.splitlines would break it there
     (tmp_path / "one.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
-    assert train_toy.read_questions(tmp_path / "one.jsonl") == (["a\u2028b\x85"], [answer])
+    assert train_toy.read_questions(tmp_path / "one.jsonl") == [("a\u2028b\x85", answer)]
 
 
-@needs_questions
 @parametrize("line", ['{"question": "Why?"}', '{"question": ', "", "[1, 2]", "3"])
 def test_bad_line_is_named_by_its_number(line, published, tmp_path):
     path = tmp_path / "data.jsonl"
@@ -1773,18 +1707,15 @@ def test_bad_line_is_named_by_its_number(line, published, tmp_path):
     assert f"line 2 of {path} is not" in refusal(f"{published} --data {path}")
 
 
-@needs_questions
-@parametrize(
+@table(
     ("changes", "flags", "message"),
-    [
-        ({}, "--data nowhere", "--checkpoint needs --data, a JSON-lines file"),
-        ({}, "--data /dev/null", "--checkpoint needs --data, a JSON-lines file"),
-        ({}, "--checkpoint /nowhere", "/nowhere holds no config.json; expected a Hugging Face"),
-        ({}, "", "exceed the model's 256 positions; lower --max-new-tokens"),
-        ({}, "--prompt-length 5", "0 questions to train on and 0 held out"),
-        ({"eos_token": None}, "", "names no eos_token_id"),
-        ({"template": None}, "--system Think.", "--system needs a checkpoint with a chat template"),
-    ],
+    ({}, "--data nowhere", "--checkpoint needs --data, a JSON-lines file"),
+    ({}, "--data /dev/null", "--checkpoint needs --data, a JSON-lines file"),
+    ({}, "--checkpoint /nowhere", "/nowhere holds no config.json; expected a Hugging Face"),
+    ({}, "", "exceed the model's 256 positions; lower --max-new-tokens"),
+    ({}, "--prompt-length 5", "0 questions to train on and 0 held out"),
+    ({"eos_token": None}, "", "names no eos_token_id"),
+    ({"template": None}, "--system Think.", "--system needs a checkpoint with a chat template"),
 )
 def test_bad_checkpoint_is_refused(changes, flags, message, other_tokenizer, tmp_path):
     said = refusal(f"{other_tokenizer(**changes)} {flags} --out {tmp_path / 'run'}")
@@ -1792,7 +1723,6 @@ def test_bad_checkpoint_is_refused(changes, flags, message, other_tokenizer, tmp
     assert not (tmp_path / "run").exists()
 
 
-@needs_questions
 def test_missing_package_is_named_with_its_pip_command(published, monkeypatch):
     monkeypatch.setattr(train_toy.importlib.util, "find_spec", lambda _: None)
     assert refusal(published).endswith("pip install math-verify")
@@ -1800,37 +1730,32 @@ def test_missing_package_is_named_with_its_pip_command(published, monkeypatch):
         train_toy.open_device("cpu", sharded=True)
 
 
-@needs_questions
 def test_an_eighth_of_the_questions_is_held_out_and_never_trained_on(published):
     task = asked(published)
     held_out = set(task.problems(999, draws(), held_out=True))
-    assert held_out == {n for n in range(100) if zlib.crc32(task.text(n).encode()) % 8 == 0}
-    assert set(task.problems(9999, draws())) == set(range(100)) - held_out
+    training = set(task.problems(9999, draws()))
+    checksums = [zlib.crc32(problem.text.encode()) % 8 for problem in training]
+    assert 0 not in checksums and not training & held_out
+    assert len(training) + len(held_out) == 100
 
 
-@needs_questions
-@parametrize(
+@table(
     ("expected", "responses", "reward"),
-    [
-        ("12", ["12", "12.0", "That makes $12.00", "The answer is 12.", "12 apples"], 1.0),
-        ("12", ["7 + 5 = 12", r"\boxed{12}", "so $12$", "#### 12", "12 dollars"], 1.0),
-        ("1,200", ["1200", "1,200", "$1,200.00"], 1.0),
-        (r"$\frac{1}{2}$", ["0.5", r"\boxed{\frac{1}{2}}"], 1.0),
-        ("-3", ["-3", "$-3$"], 1.0),
-        ("12", ["13", "120", "1.2", "-12", "no idea", "", r"\boxed{13}"], 0.0),
-        ("1/2", ["2", "1/3", "0.2", "1"], 0.0),
-    ],
+    ("12", ["12", "12.0", "That makes $12.00", "The answer is 12.", "12 apples"], 1.0),
+    ("12", ["7 + 5 = 12", r"\boxed{12}", "so $12$", "#### 12", "12 dollars"], 1.0),
+    ("1,200", ["1200", "1,200", "$1,200.00"], 1.0),
+    (r"$\frac{1}{2}$", ["0.5", r"\boxed{\frac{1}{2}}"], 1.0),
+    ("-3", ["-3", "$-3$"], 1.0),
+    ("12", ["13", "120", "1.2", "-12", "no idea", "", r"\boxed{13}"], 0.0),
+    ("1/2", ["2", "1/3", "0.2", "1"], 0.0),
 )
-def test_reward_of_a_response(expected, responses, reward):
-    task = SimpleNamespace(answers=["7", expected])
-    found = train_toy.Questions.rewards(task, [1] * len(responses), responses)
+def test_reward_of_a_response(extras, expected, responses, reward):
+    problems = [train_toy.Question("Why?", expected, ())] * len(responses)
+    found = train_toy.Questions.rewards(None, problems, responses)
     assert found.tolist() == [reward] * len(responses)
 
 
 # ------------------------------------------------------------------------------- Many processes
-needs_numpy = pytest.mark.skipif(
-    importlib.util.find_spec("numpy") is None, reason="pip install numpy"
-)
 TOGETHER = {method: {"method": method} for method in METHODS}
 TOGETHER["momentum"] = {"method": "pr2", "predictor": "momentum"}
 TOGETHER["micro-batches"] = {"method": "gspo", "micro_batch": 3}
@@ -1888,13 +1813,12 @@ def worker(folder, base, published):
     torch.save(found, f"{folder}/{train_toy.RANK}")
     dist.destroy_process_group = lambda: None  # one group is enough for all that follows
     assert toy(f"{base} --steps 8 --out {folder}/whole").code == 0
-    if published:
-        train_toy.Questions.rewards = lambda _, asked, texts: torch.tensor(
-            [len(text) % 3 / 2 for text in texts]  # which random responses differ in
-        )
-        rates = "--learning-rate 1e-3 --alpha 10 --router-multiplier 5"
-        sizes = "--prompts 4 --samples 4 --steps 2 --max-new-tokens 8"
-        assert toy(f"{published} {rates} {sizes} --out {folder}/trained").code == 0
+    train_toy.Questions.rewards = lambda _, asked, texts: torch.tensor(
+        [len(text) % 3 / 2 for text in texts]  # which random responses differ in
+    )
+    rates = "--learning-rate 1e-3 --alpha 10 --router-multiplier 5"
+    sizes = "--prompts 4 --samples 4 --steps 2 --max-new-tokens 8"
+    assert toy(f"{published} {rates} {sizes} --out {folder}/trained").code == 0
     if train_toy.RANK == 1:
         die_after(pytest.MonkeyPatch(), pr2_mini, "rl_step", call=6)
     toy(f"{base} --steps 8 --out {folder}/killed")
@@ -1922,7 +1846,6 @@ def together(base, published, tmp_path_factory):
     return SimpleNamespace(folder=folder, ranks=ranks, single=single)
 
 
-@needs_numpy
 @parametrize("case", list(TOGETHER))
 def test_two_processes_train_as_one_does(case, together):
     single = together.single[case]
@@ -1938,21 +1861,12 @@ def test_two_processes_train_as_one_does(case, together):
             assert row["skipped/2"] == (case == "not finite")
 
 
-@needs_numpy
 def test_killed_job_resumes_to_the_same_bits_on_as_many_processes(together, tmp_path):
     folder = shutil.copytree(together.folder / "killed", tmp_path / "run")
     assert newest(folder) == "step-4"
     done = torchrun(train_toy.__file__, "--resume", str(folder))
     assert done.returncode == 0, done.stderr
     same_run(folder, together.folder / "whole")
-
-
-@needs_numpy
-def test_killed_job_resumes_on_one_process(together, tmp_path):
-    folder = shutil.copytree(together.folder / "killed", tmp_path / "run")
-    assert toy(f"--resume {folder}").code == 0
-    assert rows(folder)[:4] == rows(together.folder / "whole")[:4]
-    assert [row["step"] for row in rows(folder)] == list(range(1, 9))
 
 
 @parametrize(
@@ -1964,7 +1878,6 @@ def test_bad_flag_under_torchrun_is_refused(flags, message, monkeypatch):
     assert message in refusal(flags)
 
 
-@needs_questions
 def test_job_trains_a_checkpoint_in_float32(together, published):
     before = load(published.split()[1]).state_dict()
     after = load(together.folder / "trained" / "model-2").state_dict()
@@ -1976,7 +1889,6 @@ def test_job_trains_a_checkpoint_in_float32(together, published):
     assert {tensor.properties.dtype for tensor in kept} == {torch.float32}
 
 
-@needs_questions
 def test_trained_checkpoint_generates_in_transformers(together):
     folder = together.folder / "trained" / "model-2"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -1986,7 +1898,6 @@ def test_trained_checkpoint_generates_in_transformers(together):
     assert torch.equal(tokens, rollout.tokens[:, : tokens.shape[1]])
 
 
-@needs_questions
 def test_job_goes_on_in_one_process_with_moved_files(together, other_tokenizer, tmp_path):
     folder = shutil.copytree(together.folder / "trained", tmp_path / "run")
     done = toy(f"--resume {folder} --steps 3 {other_tokenizer()}")
@@ -2085,7 +1996,6 @@ def train_with_vllm(folder, flags):
 
 
 @needs_vllm
-@needs_questions
 def test_job_with_vllm_resumes_to_the_same_bits(published, tmp_path):
     vllm_checkpoint("qwen3_moe", tmp_path / "model")
     save_tokenizer(tmp_path / "model")

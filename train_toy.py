@@ -8,8 +8,8 @@
     torchrun --nproc-per-node 8 train_toy.py --checkpoint DIR --data FILE --out runs/NAME
 
 A run's folder holds config.json (every setting), metrics.jsonl (a line for each rollout batch) and
-checkpoint/step-N (the last two; `latest` names the one to trust), written by torch's distributed
-checkpoint: resume only runs of your own. The method is in pr2_mini.py. Linux and macOS.
+the last two of checkpoint/step-N, written by torch's distributed checkpoint: resume only runs of
+your own. The method is in pr2_mini.py. Linux and macOS.
 """
 
 import argparse
@@ -49,6 +49,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -100,22 +101,61 @@ AT_LEAST_ONE = ("samples", "mini_steps", "steps", "prompts", "save_every", "prom
 SETTINGS = [field for field in dataclasses.fields(Settings) if field.name not in ("eos", "pad")]
 
 
-def make_settings(values: dict, source: str) -> Settings:
-    """Settings from a flag, a variant or a file: known names, right types, sensible numbers."""
-    types = {field.name: field.type for field in SETTINGS}
-    for name, value in values.items():
-        if name not in types:
-            raise InputError(f'{source} has "{name}", which is not a setting; --help lists them')
-        expected = types[name]
-        if typing.get_origin(expected) is typing.Literal:
-            continue  # RLConfig checks the choices
-        allowed = (int, float) if expected is float else expected
-        if not isinstance(value, allowed) or isinstance(value, bool):
-            kind = expected.__name__
-            raise InputError(f"{source} has {name} {value!r:.60}; expected a value of type {kind}")
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(f"{message}; --help lists the flags")
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
+    """What to do, and the settings that were given."""
+    parser = Parser(
+        description="Train a toy MoE by RL with Predictive Routing Replay (PR2).",
+        usage="python train_toy.py [FLAG VALUE ...]",
+        allow_abbrev=False,
+    )
+    # The comment of a field is the help of its flag.
+    source = inspect.getsource(RLConfig) + inspect.getsource(Settings)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    for field in SETTINGS:
+        choices = typing.get_args(field.type)
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=str if choices else field.type,
+            choices=choices or None,
+            default=argparse.SUPPRESS,
+            help=f"{comments.get(field.name, '')} (default: {field.default})",
+            metavar="|".join(choices) if choices else field.type.__name__,
+        )
+    parser.add_argument("--out", default="", help="folder of the run; default: a new one in runs/")
+    parser.add_argument("--resume", default="", help="folder of a run to go on with")
+    parser.add_argument(
+        "--compare", nargs="*", metavar="METHOD[:setting=value,...]", help="train variants"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs per variant of --compare")
+    parser.add_argument("--benchmark", action="store_true", help="print where the time goes")
+    actions = parser.parse_args(arguments)
+    given = {f.name: getattr(actions, f.name) for f in SETTINGS if hasattr(actions, f.name)}
+    for name, value in given.items():
         least = 1 if name in AT_LEAST_ONE else 0
         if isinstance(value, int | float) and not least <= value < math.inf:
-            raise InputError(f"{source} has {name} {value}; expected a number of at least {least}")
+            raise InputError(f"{name} {value}; expected a number of at least {least}")
+    return actions, given
+
+
+def parse_values(values: dict, source: str) -> dict:
+    """Settings from a file or a variant, as if each had been given by its flag."""
+    for name in values:
+        if name not in [field.name for field in SETTINGS]:
+            raise InputError(f'{source} has "{name}", which is not a setting; --help lists them')
+    try:
+        _, given = parse([f"--{name.replace('_', '-')}={values[name]}" for name in values])
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    return given
+
+
+def make_settings(values: dict) -> Settings:
+    """Settings that fit together, from those that were given."""
     if values.get("checkpoint"):
         values = {**CHECKPOINT_DEFAULTS, **values}
     settings = Settings(**values)
@@ -142,38 +182,6 @@ def make_settings(values: dict, source: str) -> Settings:
 def as_dict(settings: Settings) -> dict:
     """What config.json holds."""
     return {field.name: getattr(settings, field.name) for field in SETTINGS}
-
-
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
-    """What to do, and the settings that were given."""
-    parser = argparse.ArgumentParser(
-        description="Train a toy MoE by RL with Predictive Routing Replay (PR2).",
-        usage="python train_toy.py [FLAG VALUE ...]    (--help lists the flags)",
-        allow_abbrev=False,
-    )
-    # The comment of a field is the help of its flag.
-    source = inspect.getsource(RLConfig) + inspect.getsource(Settings)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-    for field in SETTINGS:
-        choices = typing.get_args(field.type)
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=str if choices else field.type,
-            choices=choices or None,
-            default=argparse.SUPPRESS,
-            help=f"{comments.get(field.name, '')} (default: {field.default})",
-            metavar="|".join(choices) if choices else field.type.__name__,
-        )
-    parser.add_argument("--out", default="", help="folder of the run; default: a new one in runs/")
-    parser.add_argument("--resume", default="", help="folder of a run to go on with")
-    parser.add_argument(
-        "--compare", nargs="*", metavar="METHOD[:setting=value,...]", help="train variants"
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="runs per variant of --compare")
-    parser.add_argument("--benchmark", action="store_true", help="print where the time goes")
-    actions = parser.parse_args(arguments)
-    given = {f.name: getattr(actions, f.name) for f in SETTINGS if hasattr(actions, f.name)}
-    return actions, given
 
 
 # -------------------------------------------------------------------------------- 2. Processes
@@ -225,11 +233,9 @@ def claim(folder: Path) -> Iterator[None]:
     if RANK > 0:
         yield
         return
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"cannot write the folder {folder}: {error.strerror}") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # on a file system without locks another one than BlockingIOError
@@ -265,36 +271,32 @@ def read_json(path: Path) -> dict:
 
 
 def read_metrics(path: Path, steps: int) -> list[dict]:
-    """The first `steps` lines, each of them the JSON object of its rollout batch."""
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    lines = text.splitlines()
-    if len(lines) < steps:
-        raise InputError(
-            f"{path} has {len(lines)} lines; expected the {steps} up to the checkpoint"
-        )
-    history = []
-    for number, line in enumerate(lines[:steps], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or row.get("step") != number:
-            raise InputError(f"line {number} of {path} is damaged: expected rollout batch {number}")
-        history.append(row)
+    """The rows of a finished run."""
+    try:
+        history = [json.loads(line) for line in path.read_text().splitlines()]
+        complete = [row["step"] for row in history] == list(range(1, steps + 1))
+    except (OSError, ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise InputError(f"{path} is damaged: expected the rollout batches 1 to {steps}")
     return history
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first; each appeared by a rename."""
+    found = (folder / "checkpoint").glob("step-*")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def prepare_folder(folder: Path) -> None:
     """For a new run: refuses a folder with a run or with foreign files, but not what a run has left
     that was killed before its first checkpoint was complete."""
-    if (folder / "checkpoint" / "latest").exists():
+    if checkpoints_of(folder):
         raise InputError(f"{folder} holds a run; --resume it, or choose another --out")
-    log = folder / "metrics.jsonl"
-    ours = {"config.json", "config.json.partial", "checkpoint", log.name, f"{log.name}.partial"}
-    foreign = {path.name for path in folder.iterdir()} - ours
-    if foreign or (log.exists() and log.stat().st_size > 0):
-        name = min(foreign, default=log.name)
-        raise InputError(f"{folder} holds {name}; choose an empty folder for --out")
+    left = {"config.json", "config.json.partial", "checkpoint"}
+    foreign = {path.name for path in folder.iterdir()} - left
+    if foreign:
+        raise InputError(f"{folder} holds {min(foreign)}; choose an empty folder for --out")
 
 
 def tensors_of(model: MoETransformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -312,25 +314,19 @@ def tensors_of(model: MoETransformer, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def save_checkpoint(folder: Path, tensors: dict, progress: dict) -> None:
-    """Writes checkpoint/step-N, then points `latest` at it, then drops all but the last two."""
-    checkpoints = folder / "checkpoint"
-    new = checkpoints / f"step-{progress['step']}"
-    partial = checkpoints / "step.partial"
-    if RANK == 0:
-        for stale in (new, partial):  # of a run that was killed while it wrote them
-            shutil.rmtree(stale, ignore_errors=True)
+    """Writes checkpoint/step-N, which appears when it is complete; then all but the last two go.
+    The one with the highest N is the newest: a run goes on from there, so that none is above."""
+    new = folder / "checkpoint" / f"step-{len(progress['history'])}"
+    partial = new.with_name("step.partial")
+    if RANK == 0:  # what a run has left that was killed while it wrote
+        shutil.rmtree(partial, ignore_errors=True)
     with writing(new, size=sum(tensor.nbytes for tensor in tensors.values())):
         dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
         if RANK == 0:
             write_file(partial / "progress.json", json.dumps(progress))
             partial.rename(new)
-            write_file(checkpoints / "latest", new.name)
-            for old in sorted(checkpoints.glob("step-*"), key=step_of)[:-2]:
+            for old in checkpoints_of(folder)[:-2]:
                 shutil.rmtree(old)
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 @contextlib.contextmanager
@@ -353,18 +349,14 @@ def last_line(error: BaseException) -> str:
 
 def load_checkpoint(folder: Path, model: MoETransformer, tensors: dict) -> dict:
     """Fills the tensors from the newest checkpoint, of any number of processes; its progress."""
-    latest = folder / "checkpoint" / "latest"
-    if not latest.is_file():
+    checkpoints = checkpoints_of(folder)
+    if not checkpoints:
         raise InputError(f"{folder} has no checkpoint; start the run again with --out {folder}")
-    name = latest.read_text(errors="replace")
-    path = latest.parent / name
-    if not re.fullmatch(r"step-\d+", name) or not path.is_dir():
-        raise InputError(f'{latest} is damaged: it names "{name:.40}", which is no checkpoint')
+    path = checkpoints[-1]
     progress = read_json(path / "progress.json")
-    before = progress.get("before")
-    texts = isinstance(before, list) and all(isinstance(text, str) for text in before)
-    if progress.get("step") != step_of(path) or not texts:
-        raise InputError(f"{path / 'progress.json'} is damaged")
+    complete = progress.keys() == {"before", "history"}
+    if not complete or path.name != f"step-{len(progress['history'])}":
+        raise InputError(f"{path / 'progress.json'} is damaged or of another version")
     try:
         dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:
@@ -453,9 +445,15 @@ def base_model(config: ModelConfig, task: AdditionTask, settings: Settings, devi
 
 
 # ------------------------------------------------------------------ 5. Questions for a checkpoint
+class Question(typing.NamedTuple):
+    text: str
+    answer: str
+    ids: tuple[int, ...]  # of its prompt
+
+
 class Questions:
-    """Questions of a JSON-lines file for a checkpoint, with the checkpoint's own tokenizer; what a
-    problem is here is its number in the file. An eighth, by checksum, is never trained on."""
+    """Questions of a JSON-lines file for a checkpoint, with the checkpoint's own tokenizer. An
+    eighth, by checksum, is never trained on."""
 
     response_length = 512
 
@@ -468,103 +466,95 @@ class Questions:
             raise InputError(f"cannot read the tokenizer in {folder}: {error}") from error
         self.tokenizer.model_max_length = sys.maxsize  # --prompt-length is what counts
         self.system = settings.system
-        self.questions, self.answers = read_questions(Path(settings.data))
+        written = read_questions(Path(settings.data))
         self.eos = end_tokens(Path(folder), self.tokenizer)
-        self.pad = (
-            self.eos[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        )
-        self.ids = [self.encode(question) for question in self.questions]
-        self.parts = {True: [], False: []}  # held out, training
-        for number, question in enumerate(self.questions):
-            if len(self.ids[number]) <= settings.prompt_length:
-                self.parts[zlib.crc32(question.encode()) % 8 == 0].append(number)
-        left_out = len(self.ids) - len(self.parts[True]) - len(self.parts[False])
+        pad = self.tokenizer.pad_token_id
+        self.pad = self.eos[0] if pad is None else pad
+        questions = [Question(text, answer, self.encode(text)) for text, answer in written]
+        kept = [one for one in questions if len(one.ids) <= settings.prompt_length]
+        self.training = [one for one in kept if zlib.crc32(one.text.encode()) % 8 != 0]
+        self.held_out = [one for one in kept if zlib.crc32(one.text.encode()) % 8 == 0]
+        left_out = len(questions) - len(kept)
         if left_out:
-            print(
-                f"left out         {left_out} prompts of more than {settings.prompt_length} tokens"
-            )
-        if not self.parts[True] or not self.parts[False]:
+            longest = settings.prompt_length
+            print(f"left out         {left_out} prompts of more than {longest} tokens")
+        if not self.training or not self.held_out:
             raise InputError(
-                f"{settings.data} has {len(self.parts[False])} questions to train on and "
-                f"{len(self.parts[True])} held out; expected some of each"
+                f"{settings.data} has {len(self.training)} questions to train on and "
+                f"{len(self.held_out)} held out; expected some of each"
             )
+        self.prompt_length = max(len(one.ids) for one in kept)
 
-    def encode(self, question: str) -> list[int]:
+    def encode(self, question: str) -> tuple[int, ...]:
         """The ids of a prompt: by the chat template if there is one, else a plain question."""
-        if self.tokenizer.chat_template is None:
+        text = f"{question}\nAnswer:"
+        templated = self.tokenizer.chat_template is not None
+        if templated:
+            messages = [{"role": "user", "content": question}]
             if self.system:
-                raise InputError("--system needs a checkpoint with a chat template")
-            text = f"{question}\nAnswer:"
-            return self.tokenizer(text, padding=False, truncation=False)["input_ids"]
-        messages = [{"role": "user", "content": question}]
-        if self.system:
-            messages.insert(0, {"role": "system", "content": self.system})
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template may refuse, for one a system prompt
-            raise InputError(f"the chat template of the checkpoint refuses: {error}") from error
+                messages.insert(0, {"role": "system", "content": self.system})
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+            except Exception as error:  # a template may refuse, for one a system prompt
+                raise InputError(f"the chat template of the checkpoint refuses: {error}") from error
+        elif self.system:
+            raise InputError("--system needs a checkpoint with a chat template")
         # The template writes the special tokens itself: no second bos.
-        return self.tokenizer(text, add_special_tokens=False, padding=False, truncation=False)[
-            "input_ids"
-        ]
+        special = not templated
+        ids = self.tokenizer(text, add_special_tokens=special, padding=False, truncation=False)
+        return tuple(ids["input_ids"])
 
-    def problems(self, count: int, generator: torch.Generator, held_out: bool = False) -> list[int]:
-        part = self.parts[held_out]
+    def problems(self, count: int, generator, held_out: bool = False) -> list[Question]:
+        part = self.held_out if held_out else self.training
         draws = torch.randint(len(part), (count,), generator=generator)
         return [part[draw] for draw in draws.tolist()]
 
-    def prompts(self, problems: list[int]) -> tuple[Tensor, Tensor]:
+    def prompts(self, problems: list[Question]) -> tuple[Tensor, Tensor]:
         """(Q, P) int64 ids, padded on the left, and (Q, P) bool, which of them are real."""
-        rows = [self.ids[number] for number in problems]
-        width = max(len(row) for row in rows)
-        tokens = torch.full((len(rows), width), self.pad)
-        attend = torch.zeros(len(rows), width, dtype=torch.bool)
-        for row, ids in enumerate(rows):
-            tokens[row, width - len(ids) :] = torch.tensor(ids)
-            attend[row, width - len(ids) :] = True
+        rows = [torch.tensor(problem.ids) for problem in problems]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=self.pad, padding_side="left")
+        lengths = torch.tensor([len(row) for row in rows])
+        attend = torch.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]
         return tokens, attend
 
     def decode(self, ids: Tensor) -> list[str]:
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def text(self, problem: int) -> str:
-        return self.questions[problem]
+    def text(self, problem: Question) -> str:
+        return problem.text
 
-    def rewards(self, problems: list[int], responses: list[str]) -> Tensor:
+    def rewards(self, problems: list[Question], responses: list[str]) -> Tensor:
         """1.0 where math-verify finds the answer in the response, else 0.0. A fork begins here."""
         from math_verify import parse, verify
 
         rewards = []
         for problem, response in zip(problems, responses, strict=True):
-            right = verify(parse(self.answers[problem]), parse(response))
+            right = verify(parse(problem.answer), parse(response))
             rewards.append(1.0 if right else 0.0)
         return torch.tensor(rewards)
 
 
-def read_questions(path: Path) -> tuple[list[str], list[str]]:
+def read_questions(path: Path) -> list[tuple[str, str]]:
     """Questions and answers, as GSM8K writes them (the answer follows ####) or bare."""
     if importlib.util.find_spec("math_verify") is None:
         raise InputError("checking answers needs math-verify: pip install math-verify")
     if not path.is_file():
         raise InputError(f'--checkpoint needs --data, a JSON-lines file; "{path}" is none')
-    questions = []
-    answers = []
+    written = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
                 answer = str(row["answer"]).split("####")[-1].strip()
-                questions.append(str(row["question"]))
                 # math-verify reads LaTeX only where it is marked as such.
-                answers.append(f"${answer}$" if "\\" in answer else answer)
+                marked = f"${answer}$" if "\\" in answer else answer
+                written.append((str(row["question"]), marked))
             except (ValueError, KeyError, TypeError) as error:
                 wanted = '{"question": ..., "answer": ...}'
                 raise InputError(f"line {number} of {path} is not {wanted}: {error!r}") from error
-    if not questions:
-        raise InputError(f"{path} is empty; expected a question and an answer in each line")
-    return questions, answers
+    return written
 
 
 def end_tokens(folder: Path, tokenizer) -> list[int]:
@@ -748,10 +738,8 @@ def build_task(settings: Settings) -> tuple[AdditionTask | Questions, ModelConfi
         hf_config, _ = pr2_mini.read_hf_configs(Path(settings.checkpoint))
         config = pr2_mini.config_from(hf_config)
         task = Questions(settings)
-        longest = max(len(ids) for ids in task.ids if len(ids) <= settings.prompt_length)
     else:
         task = AdditionTask(settings.operands, settings.largest)
-        longest = task.prompt_length
         config = ModelConfig(
             vocab_size=len(task.characters),
             num_hidden_layers=settings.layers,
@@ -761,9 +749,9 @@ def build_task(settings: Settings) -> tuple[AdditionTask | Questions, ModelConfi
             norm_topk_prob=settings.experts_per_token > 1,
         )
     length = settings.max_new_tokens or task.response_length
-    if longest + length > config.max_position_embeddings:
+    if task.prompt_length + length > config.max_position_embeddings:
         raise InputError(
-            f"prompts of {longest} and responses of {length} tokens exceed the model's "
+            f"prompts of {task.prompt_length} and responses of {length} tokens exceed the model's "
             f"{config.max_position_embeddings} positions; lower --max-new-tokens"
         )
     rl = dataclasses.replace(settings, max_new_tokens=length, eos=task.eos, pad=task.pad)
@@ -833,9 +821,7 @@ def evaluate(model, task, rl: RLConfig) -> dict[str, float]:
     return metrics
 
 
-def train(
-    settings: Settings, built: tuple, folder: Path, resume: bool, bar: tqdm, alone: bool
-) -> list[dict]:
+def train(settings, built: tuple, folder: Path, resume: bool, bar: tqdm, alone: bool) -> list[dict]:
     """A whole run of what `build_task` has built, in a folder that is claimed; returns the rows of
     metrics.jsonl. A run that stands alone, not in a comparison, ends with a report."""
     # Build.
@@ -847,23 +833,25 @@ def train(
     optimizer = pr2_mini.make_optimizer(model, rl)
     rates = [group["lr"] for group in optimizer.param_groups]
     tensors = tensors_of(model, optimizer)
-    examples = showcase(task)
+    # Eight different held-out problems, the same before and after RL.
+    drawn = task.problems(64, generator_for("showcase"), held_out=True)
+    examples = list(dict.fromkeys(drawn))[:8]
     log = folder / "metrics.jsonl"
 
     # Maybe resume.
     if resume:
         progress = load_checkpoint(folder, model, tensors)
-        history = read_metrics(log, progress["step"])
         if len(progress["before"]) != len(examples):
             raise InputError(f"the newest checkpoint in {folder} is of other examples")
     else:
-        progress = {"step": 0, "before": answer(model, task, rl, examples, 1.0)}
-        history = []
-    if RANK == 0:  # with the new --steps of a resumed run, without its lines after the checkpoint
+        progress = {"before": answer(model, task, rl, examples, 1.0), "history": []}
+    history = progress["history"]
+    if RANK == 0:  # with the new --steps of a resumed run
         write_file(folder / "config.json", json.dumps(as_dict(settings), indent=2) + "\n")
-        write_file(log, "".join(json.dumps(row) + "\n" for row in history))
     if not resume:
         save_checkpoint(folder, tensors, progress)
+    if RANK == 0:  # without the lines after the checkpoint
+        write_file(log, "".join(json.dumps(row) + "\n" for row in history))
 
     tracker = None
     if settings.track != "none" and RANK == 0:
@@ -911,12 +899,9 @@ def train(
         if RANK == 0:
             with writing(log), open(log, "a") as file:
                 file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
         if tracker is not None:
             tracker.log(metrics, step=step)
         # A checkpoint is worth keeping only while updates succeed.
-        progress["step"] = step
         if not skipped(row) and (step % settings.save_every == 0 or step == settings.steps):
             save_checkpoint(folder, tensors, progress)
         bar.set_postfix(bar_text(history), refresh=False)
@@ -927,12 +912,6 @@ def train(
         bar.close()
         report(settings, folder, model, task, rl, history, examples, progress["before"], picture)
     return history
-
-
-def showcase(task) -> list:
-    """Eight different held-out problems, the same before and after RL."""
-    drawn = task.problems(64, generator_for("showcase"), held_out=True)
-    return list(dict.fromkeys(drawn))[:8]
 
 
 def skipped(row: dict) -> int:
@@ -967,10 +946,17 @@ def bar_text(history: list[dict]) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------- 8. What a run tells its reader
+PHASES = ("rollout", "old_pass", "update")  # of an RL step, each with its seconds
+
+
 def mean_of(rows: list[dict], name: str) -> float:
     """The mean over those rows that have a number there."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return statistics.fmean(values) if values else math.nan
+
+
+def ending(text: str) -> str:
+    return " ".join(text.split())[-24:]
 
 
 def report(settings, folder, model, task, rl, history, examples, before, picture) -> None:
@@ -981,39 +967,35 @@ def report(settings, folder, model, task, rl, history, examples, before, picture
     if RANK > 0:
         return
     print(f"\n{'held-out problem':<24} {'before RL':<32} after RL")
-    right = {}
-    for column, responses in (("before", before), ("after", after)):
-        right[column] = task.rewards(examples, responses).tolist()
-    for number, problem in enumerate(examples):
-        cells = []
-        for column, responses in (("before", before), ("after", after)):
-            verdict = "right" if right[column][number] else "wrong"
-            cells.append(f"{' '.join(responses[number].split())[-24:]:<24} {verdict:<7}")
-        print(f"{' '.join(task.text(problem).split())[-24:]:<24} {''.join(cells)}")
-    for column in ("before", "after"):
-        print(f"right {column:<10} {sum(right[column]):.0f} of {len(examples)}")
+    right_before = task.rewards(examples, before).tolist()
+    right_after = task.rewards(examples, after).tolist()
+    for i, problem in enumerate(examples):
+        line = f"{ending(task.text(problem)):<24} "
+        for response, right in ((before[i], right_before[i]), (after[i], right_after[i])):
+            line += f"{ending(response):<24} {'right' if right else 'wrong':<7}"
+        print(line)
+    print(f"right before     {sum(right_before):.0f} of {len(examples)}")
+    print(f"right after      {sum(right_after):.0f} of {len(examples)}")
     first = history[:10]
     last = history[-10:]
     for name in ("reward", "held_out_accuracy", "greedy_accuracy", "entropy", "truncated"):
         print(f"{name:<17} {mean_of(first, name):.3f} -> {mean_of(last, name):.3f}")
+    mean = {name: mean_of(history, name) for name in history[0]}
     for i in range(1, rl.mini_steps + 1):
-        shares = []
-        for name in ("agreement", "stale_agreement", "no_deviation", "stale_no_deviation"):
-            shares.append(f"{100 * mean_of(history, f'{name}/{i}'):.2f}")
-        slots, stale_slots, sets, stale_sets = shares
         print(
-            f"agreement/{i:<7} {slots} % of slots (stale replay {stale_slots} %), "
-            f"{sets} % of sets (stale replay {stale_sets} %)"
+            f"agreement/{i:<7} {100 * mean[f'agreement/{i}']:.2f} % of slots "
+            f"(stale replay {100 * mean[f'stale_agreement/{i}']:.2f} %), "
+            f"{100 * mean[f'no_deviation/{i}']:.2f} % of sets "
+            f"(stale replay {100 * mean[f'stale_no_deviation/{i}']:.2f} %)"
         )
     print(f"largest ratio     {max(map(largest_ratio, history)):.3g}")
     print(
-        f"engine mismatch   {100 * mean_of(history, 'mismatch_route'):.2f} % of sets, "
-        f"{100 * mean_of(history, 'mismatch_token'):.2f} % of tokens in some layer, "
-        f"mean |log mu_old - log pi_old| {mean_of(history, 'mismatch_logprob'):.4f}"
+        f"engine mismatch   {100 * mean['mismatch_route']:.2f} % of sets, "
+        f"{100 * mean['mismatch_token']:.2f} % of tokens in some layer, "
+        f"mean |log mu_old - log pi_old| {mean['mismatch_logprob']:.4f}"
     )
-    phases = ("seconds_rollout", "seconds_old_pass", "seconds_update")
-    spent = ", ".join(f"{name[8:]} {mean_of(history, name):.3f}" for name in phases)
-    print(f"seconds per step  {spent}")
+    spent = [f"{phase} {mean['seconds_' + phase]:.3f}" for phase in PHASES]
+    print(f"seconds per step  {', '.join(spent)}")
     print(f"wrote             {folder / 'metrics.jsonl'}")
     if exported is not None:
         print(f"wrote             {exported}")
@@ -1090,18 +1072,12 @@ def parse_variant(text: str) -> dict:
     """ "pr2:alpha=0.3,predictor=momentum" -> the settings that it changes."""
     method, _, changes = text.partition(":")
     values = {"method": method}
-    types = {field.name: field.type for field in SETTINGS}
     for change in filter(None, changes.split(",")):
         name, _, value = change.partition("=")
-        name = name.replace("-", "_")
-        if name not in types or name in ("method", "seed", "steps", "base_dir"):
-            raise InputError(f'variant "{text}" changes "{name}", which is no setting of a variant')
-        convert = str if typing.get_args(types[name]) else types[name]
-        try:
-            values[name] = convert(value)
-        except ValueError as error:
-            raise InputError(f'variant "{text}" gives {name} the bad value "{value}"') from error
-    return values
+        if name in ("method", "seed", "steps"):
+            raise InputError(f'variant "{text}" changes {name}, which is no setting of a variant')
+        values[name.replace("-", "_")] = value
+    return parse_values(values, f'variant "{text}"')
 
 
 def digest(value: object) -> str:
@@ -1124,19 +1100,18 @@ def compare(given: dict, variants: list[str], seeds: int, out: str) -> int:
     for seed in range(first, first + seeds):
         for variant in variants:
             values = {"steps": 60, **given, **parse_variant(variant), "seed": seed}
-            settings = make_settings(values, f'variant "{variant}"')
-            build_task(settings)
+            settings = make_settings(values)
             name = f"{settings.method}-seed{seed}-{digest(as_dict(settings))}"
-            if name in [other for other, _ in runs.values()]:
+            if name in runs:
                 raise InputError(f"--compare names {variant} twice")
-            runs[variant, seed] = (name, settings)
+            runs[name] = (variant, settings, build_task(settings))
     folder = Path(out or f"runs/compare-{digest([given, variants, seeds])}")
     with claim(folder):
         histories = {variant: [] for variant in variants}
-        with tqdm(total=sum(settings.steps for _, settings in runs.values())) as bar:
-            for (variant, _), (name, settings) in runs.items():
+        with tqdm(total=sum(settings.steps for _, settings, _ in runs.values())) as bar:
+            for name, (variant, settings, built) in runs.items():
                 bar.set_description(name)
-                histories[variant].append(run_of_comparison(settings, folder / name, bar))
+                histories[variant].append(run_of_comparison(settings, built, folder / name, bar))
         columns = {variant: [summary(run) for run in runs] for variant, runs in histories.items()}
         table = table_of(columns)
         result = {"given": given, "seeds": seeds, "table": table, "runs": columns}
@@ -1150,17 +1125,18 @@ def compare(given: dict, variants: list[str], seeds: int, out: str) -> int:
     return 0
 
 
-def run_of_comparison(settings: Settings, folder: Path, bar: tqdm) -> list[dict]:
+def run_of_comparison(settings: Settings, built: tuple, folder: Path, bar: tqdm) -> list[dict]:
     """A run's rows. A finished one has metrics and, to save space, no checkpoint."""
     log = folder / "metrics.jsonl"
-    unfinished = (folder / "checkpoint" / "latest").exists()
-    if not unfinished and log.exists() and log.stat().st_size > 0:
+    unfinished = bool(checkpoints_of(folder))
+    if not unfinished and log.exists():
         bar.update(settings.steps)
         return read_metrics(log, settings.steps)
     with claim(folder):
-        history = train(settings, build_task(settings), folder, unfinished, bar, alone=False)
-        (folder / "checkpoint" / "latest").unlink()  # finished, from here on
-        shutil.rmtree(folder / "checkpoint")
+        history = train(settings, built, folder, unfinished, bar, alone=False)
+        done = folder / "checkpoint.partial"
+        (folder / "checkpoint").rename(done)  # finished, from here on
+        shutil.rmtree(done)
     return history
 
 
@@ -1190,8 +1166,7 @@ def summary(history: list[dict]) -> dict[str, float | None]:
     columns["mismatch_logprob"] = mean_of(settled, "mismatch_logprob")
     columns["mismatch_route"] = 100 * mean_of(settled, "mismatch_route")
     columns["mismatch_token"] = 100 * mean_of(settled, "mismatch_token")
-    phases = ("seconds_rollout", "seconds_old_pass", "seconds_update")
-    columns["seconds a step"] = sum(mean_of(settled, name) for name in phases)
+    columns["seconds a step"] = sum(mean_of(settled, f"seconds_{phase}") for phase in PHASES)
     columns["skipped updates"] = sum(skipped(row) for row in history)
     return {name: value if math.isfinite(value) else None for name, value in columns.items()}
 
@@ -1262,10 +1237,12 @@ def pyplot():
     return plot
 
 
-def curve(history: list[dict], name: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
-    """Where a run has a number of that name, and the numbers."""
-    rows = [row for row in history if row.get(name) is not None]
-    return [row["step"] for row in rows], [scale * row[name] for row in rows]
+def curve(runs: list[list[dict]], name: str, smooth: int = 1) -> tuple[list[int], list[float]]:
+    """Where runs have a number of that name, and its mean over them and the last `smooth` rows."""
+    x = [row["step"] for row in runs[0] if row.get(name) is not None]
+    means = [mean_of([run[step - 1] for run in runs], name) for step in x]
+    y = [statistics.fmean(means[max(0, j - smooth) : j]) for j in range(1, len(means) + 1)]
+    return x, y
 
 
 def draw_run(plot, history: list[dict], states, path: Path) -> None:
@@ -1282,8 +1259,8 @@ def draw_run(plot, history: list[dict], states, path: Path) -> None:
         (agreement, f"stale_agreement/{last}", 100, "#000000", ":", "stale replay there"),
     ]
     for axes, name, scale, colour, line, label in curves:
-        x, y = curve(history, name, scale)
-        axes.plot(x, y, line, color=colour, label=label, linewidth=1)
+        x, y = curve([history], name)
+        axes.plot(x, [scale * value for value in y], line, color=colour, label=label, linewidth=1)
         axes.legend(frameon=False)
     reward.set(title="Share of right answers", xlabel="rollout batch")
     agreement.set(title="Recorded experts that are still current, %", xlabel="rollout batch")
@@ -1304,39 +1281,36 @@ def draw_routes(plot, figure, tokens: list[str], states: Tensor) -> None:
     grid.set_yticks([layer + 0.5 for layer in range(len(states))], range(1, 1 + len(states)))
     grid.invert_yaxis()
     grid.tick_params(length=0)
-    patches = []
-    for name, colour in STATES.items():
-        patches.append(plot.matplotlib.patches.Patch(color=colour, label=name))
+    Patch = plot.matplotlib.patches.Patch
+    patches = [Patch(color=colour, label=name) for name, colour in STATES.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False)
 
 
 def draw_comparison(plot, table: dict, histories: dict[str, list[list[dict]]], path: Path) -> None:
     """compare.png: reward, held-out accuracy, agreement by mini-step, and the largest ratio."""
-    figure, axes = plot.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
-    (reward, held_out), (agreement, largest) = axes
+    figure, grid = plot.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
+    reward, held_out, agreement, largest = grid.flat
     for number, (variant, runs) in enumerate(histories.items()):
         look = {"color": COLOURS[number % 8], "marker": "osv^DPX*"[number % 8], "linewidth": 1}
-        for panel, name, smooth in ((reward, "reward", 10), (held_out, "held_out_accuracy", 1)):
-            x, _ = curve(runs[0], name)
-            over_seeds = [curve(run, name)[1] for run in runs]
-            means = [statistics.fmean(values) for values in zip(*over_seeds, strict=True)]
-            y = [statistics.fmean(means[max(0, j - smooth + 1) : j + 1]) for j in range(len(means))]
-            panel.plot(x, y, label=variant, markevery=max(1, len(x) // 8), markersize=4, **look)
-        kappa = len(mini_steps(runs[0][0], "agreement"))
-        x = range(1, kappa + 1)
-        y = [table[variant][f"agreement/{i}"][0] for i in x]
-        agreement.plot(x, y, markersize=5, **look)
-        stale = [table[variant][f"stale_agreement/{i}"][0] for i in x]
-        agreement.plot(x, stale, ":", color=look["color"], linewidth=1)
-        peaks = [max(largest_ratio(row) for row in rows) for rows in zip(*runs, strict=True)]
-        steps = range(1, 1 + len(peaks))
-        largest.semilogy(steps, peaks, markevery=max(1, len(peaks) // 8), markersize=4, **look)
+        mini = range(1, len(mini_steps(runs[0][0], "agreement")) + 1)
+        shares = [table[variant][f"agreement/{i}"][0] for i in mini]
+        stale = [table[variant][f"stale_agreement/{i}"][0] for i in mini]
+        peaks = [max(map(largest_ratio, rows)) for rows in zip(*runs, strict=True)]
+        curves = [
+            (reward, *curve(runs, "reward", smooth=10)),
+            (held_out, *curve(runs, "held_out_accuracy")),
+            (agreement, mini, shares),
+            (largest, range(1, len(peaks) + 1), peaks),
+        ]
+        for axes, x, y in curves:
+            axes.plot(x, y, label=variant, markevery=max(1, len(x) // 8), markersize=4, **look)
+        agreement.plot(mini, stale, ":", color=look["color"], linewidth=1)
     reward.set(title="Sampled reward (mean of 10 batches)", xlabel="rollout batch")
     held_out.set(title="Held-out accuracy, training engine", xlabel="rollout batch")
     agreement.set(title="Recorded experts that are still current, %")
     agreement.set_xlabel("mini-step; dotted: stale counterfactual")
     agreement.xaxis.get_major_locator().set_params(integer=True)
-    largest.set(title="Largest PPO ratio of any seed", xlabel="rollout batch")
+    largest.set(title="Largest PPO ratio of any seed", xlabel="rollout batch", yscale="log")
     reward.legend(frameon=False)
     figure.savefig(path, dpi=100)
     plot.close(figure)
@@ -1387,8 +1361,9 @@ def benchmark(settings: Settings, rounds: int = 20) -> int:
     print("| --- | --- | --- | --- | --- | --- |")
     for (name, kept), times in zip(rows.items(), taken, strict=True):
         phases = []
-        for phase in ("seconds_rollout", "seconds_old_pass", "seconds_update"):
-            phases.append(f"{1000 * statistics.median(row[phase] for row in kept[1:]):.0f}")
+        for phase in PHASES:
+            seconds = statistics.median(row[f"seconds_{phase}"] for row in kept[1:])
+            phases.append(f"{1000 * seconds:.0f}")
         over = statistics.median(a / b for a, b in zip(times, taken[0], strict=True))
         whole = statistics.median(times)
         print(f"| {name} | {' | '.join(phases)} | {whole:.0f} | {100 * (over - 1):+.1f} % |")
@@ -1436,17 +1411,18 @@ def run(given: dict, out: str, resume: str) -> int:
     """A single run, new or resumed; returns the exit code."""
     if resume:
         folder = Path(resume)
-        saved = read_json(folder / "config.json")
+        path = folder / "config.json"
+        saved = parse_values(read_json(path), str(path))
         for name, value in given.items():
             if name not in MAY_CHANGE and saved.get(name) != value:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {value} contradicts {folder}, {saved.get(name)}")
-        settings = make_settings({**saved, **given}, str(folder / "config.json"))
         missing = {field.name for field in SETTINGS} - saved.keys()
         if missing:
-            raise InputError(f"{folder / 'config.json'} lacks {min(missing)}")
+            raise InputError(f"{path} lacks {min(missing)}")
+        settings = make_settings({**saved, **given})
     else:
-        settings = make_settings(given, "the command line")
+        settings = make_settings(given)
         if PROCESSES > 1 and not out:
             raise InputError("torchrun needs --out, one folder for all processes")
         unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
@@ -1457,7 +1433,7 @@ def run(given: dict, out: str, resume: str) -> int:
         with claim(folder), tqdm(total=settings.steps, desc=title, disable=RANK > 0) as bar:
             history = train(settings, built, folder, bool(resume), bar, alone=True)
     except KeyboardInterrupt:
-        begun = (folder / "checkpoint" / "latest").exists()
+        begun = checkpoints_of(folder)
         words = f"to go on: --resume {folder}" if begun else "it had no checkpoint yet"
         print(f"\nstopped; {words}", file=sys.stderr)
         return 130
@@ -1465,7 +1441,7 @@ def run(given: dict, out: str, resume: str) -> int:
     if total:
         print(f"{total} updates were not finite and were skipped", file=sys.stderr)
     if skipped(history[-1]):
-        kept = (folder / "checkpoint" / "latest").read_text()
+        kept = checkpoints_of(folder)[-1].name
         print(f"the last update was skipped too; the checkpoint kept is {kept}", file=sys.stderr)
         return 1
     return 0
@@ -1474,12 +1450,12 @@ def run(given: dict, out: str, resume: str) -> int:
 def main(arguments: list[str]) -> int:
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
-    actions, given = parse(arguments)
     try:
+        actions, given = parse(arguments)
         if actions.benchmark:
             if given.get("checkpoint"):
                 raise InputError("--benchmark times the toy; leave out --checkpoint")
-            return benchmark(make_settings(given, "the command line"))
+            return benchmark(make_settings(given))
         if actions.compare is not None:
             if actions.resume:
                 raise InputError("--compare goes on by itself; repeat it without --resume")
