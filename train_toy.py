@@ -67,12 +67,15 @@ class Settings(RLConfig):
     but for eos and pad, which are the task's."""
 
     max_new_tokens: int = 0  # longest response, 0 = what the task needs
-    router_multiplier: float = 50.0  # learning rate of the routers W over the policy's (ours)
+    learning_rate: float = 3e-4  # of the policy
+    router_multiplier: float = 10.0  # learning rate of the routers W over the policy's (ours)
     seed: int = 0  # of the base model and of everything after it
-    steps: int = 300  # rollout batches; --compare has 60 unless told otherwise
+    steps: int = 300  # rollout batches
     prompts: int = 64  # per rollout batch
     operands: int = 3  # numbers in a sum
-    largest: int = 9  # largest number in a sum
+    largest: int = 20  # largest number in a sum
+    slip: float = 0.3  # share of the sums in the warm-up's text that are off by one
+    warm_up: int = 800  # steps of the warm-up
     layers: int = 4  # of the toy's model
     experts: int = 32  # N, experts per layer
     expert_width: int = 32  # of one expert
@@ -96,8 +99,25 @@ CHECKPOINT_DEFAULTS = {
     "rollout_dtype": "bf16",
     "micro_batch": 8,
 }
+# Other defaults with --compare: fast routers on few sums. They drift as far as the paper's do.
+COMPARE_DEFAULTS = {
+    "largest": 9,
+    "slip": 0.35,
+    "warm_up": 300,
+    "learning_rate": 2e-4,
+    "router_multiplier": 50.0,
+    "steps": 60,
+}
 MAY_CHANGE = ("steps", "device", "base_dir", "checkpoint", "data", "track")  # when a run is resumed
-AT_LEAST_ONE = ("samples", "mini_steps", "steps", "prompts", "save_every", "prompt_length")
+AT_LEAST_ONE = (
+    "samples",
+    "mini_steps",
+    "steps",
+    "prompts",
+    "save_every",
+    "prompt_length",
+    "warm_up",
+)
 SETTINGS = [field for field in dataclasses.fields(Settings) if field.name not in ("eos", "pad")]
 
 
@@ -159,8 +179,8 @@ def make_settings(values: dict) -> Settings:
     if values.get("checkpoint"):
         values = {**CHECKPOINT_DEFAULTS, **values}
     settings = Settings(**values)
-    if settings.cached_share > 1 or settings.beta1 >= 1:
-        raise InputError("expected cached_share up to 1 and beta1 below 1")
+    if settings.cached_share > 1 or settings.slip > 1 or settings.beta1 >= 1:
+        raise InputError("expected cached_share and slip up to 1 and beta1 below 1")
     share = settings.mini_steps * PROCESSES
     if settings.prompts % share != 0:
         raise InputError(
@@ -381,14 +401,14 @@ def load_balancing_loss(experts: Tensor, logits: Tensor, real: Tensor) -> Tensor
     return N * (f * P).sum(-1).mean()
 
 
-def warm_up(model: MoETransformer, task: AdditionTask, seed: int) -> None:
+def warm_up(model: MoETransformer, task: AdditionTask, settings: Settings) -> None:
     """Supervised training on worked sums with slips, so that RL has something to sharpen.
 
     RL cannot teach a skill that is never sampled, and has nothing to do where every sample is
     right. A model trained on sums of which a third slip by one can add but often does not."""
-    steps = 300
+    steps = settings.warm_up
     device = model.embed.weight.device
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0, fused=True
     )
@@ -399,7 +419,7 @@ def warm_up(model: MoETransformer, task: AdditionTask, seed: int) -> None:
         rate = min((step + 1) / 20, 0.525 + 0.475 * math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = 3e-3 * rate
         problems = task.problems(128, generator)
-        texts = [problem + task.solve(problem, 0.35, generator) for problem in problems]
+        texts = [problem + task.solve(problem, settings.slip, generator) for problem in problems]
         tokens = task.encode([text.ljust(width, "_") for text in texts]).to(device)
         lengths = torch.tensor([len(problem) for problem in problems], device=device)
         column = torch.arange(1, width, device=device)
@@ -420,7 +440,7 @@ def base_model(config: ModelConfig, task: AdditionTask, settings: Settings, devi
     name = (
         f"v{BASE_VERSION}-{task.operands}x{task.largest}-{config.num_hidden_layers}layers"
         f"-top{config.num_experts_per_tok}of{config.num_experts}x{config.moe_intermediate_size}"
-        f"-seed{settings.seed}-{device.type}.pt"
+        f"-warm{settings.warm_up}-slip{settings.slip}-seed{settings.seed}-{device.type}.pt"
     )
     path = Path(settings.base_dir) / name
     torch.manual_seed(settings.seed)
@@ -435,7 +455,7 @@ def base_model(config: ModelConfig, task: AdditionTask, settings: Settings, devi
     with writing(path):  # noticed before the warm-up
         path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    warm_up(model, task, settings.seed)
+    warm_up(model, task, settings)
     partial = path.with_name(f"{name}.{os.getpid()}.partial")  # others may make the same one
     with writing(path):
         torch.save(model.state_dict(), partial)
@@ -1099,8 +1119,9 @@ def compare(given: dict, variants: list[str], seeds: int, out: str) -> int:
     runs = {}
     for seed in range(first, first + seeds):
         for variant in variants:
-            values = {"steps": 60, **given, **parse_variant(variant), "seed": seed}
-            settings = make_settings(values)
+            values = {**given, **parse_variant(variant), "seed": seed}
+            defaults = {"steps": 60} if values.get("checkpoint") else COMPARE_DEFAULTS
+            settings = make_settings({**defaults, **values})
             name = f"{settings.method}-seed{seed}-{digest(as_dict(settings))}"
             if name in runs:
                 raise InputError(f"--compare names {variant} twice")
