@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -1757,10 +1758,56 @@ def test_reward_of_a_response(extras, expected, responses, reward):
 
 
 # ------------------------------------------------------------------------------- Many processes
+EVERY_METHOD = [*((method, "learned") for method in METHODS), ("pr2", "momentum")]
 TOGETHER = {method: {"method": method} for method in METHODS}
 TOGETHER["momentum"] = {"method": "pr2", "predictor": "momentum"}
 TOGETHER["micro-batches"] = {"method": "gspo", "micro_batch": 3}
 TOGETHER["not finite"] = {"method": "pr2"}
+
+
+def warm_up_on_words(folder, steps):
+    """Makes a Qwen3-MoE folder with a chat template and a file of 200 sums in words, like GSM8K's,
+    that the model has learned from answers of which a third are off by one; returns their flags."""
+    digits = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    words = (digits + " fifteen sixteen seventeen eighteen nineteen").split()
+    with open(folder / "sums.jsonl", "w") as file:
+        for a, b in itertools.product(range(20), range(10)):
+            question = f"What is {words[a]} plus {words[b]}?"
+            row = {"question": question, "answer": f"Count on from {a}.\n#### {a + b}"}
+            file.write(json.dumps(row) + "\n")
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32}
+    model = tiny_model(vocab_size=262, max_position_embeddings=256, **sizes).cpu()
+    model.save_pretrained(folder / "random")
+    save_tokenizer(folder / "random")
+    flags = f"--checkpoint {folder / 'random'} --data {folder / 'sums.jsonl'} --device cpu"
+    task = train_toy.Questions(settings_of(flags))
+    questions = task.training + task.held_out
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0)
+    generator = draws()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 20, 1.05 - step / steps)
+        texts = []
+        for row in torch.randint(200, (64,), generator=generator).tolist():
+            error = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, -1.0])
+            slip = int(error[torch.randint(6, (), generator=generator)])
+            ids = task.tokenizer(f"{int(questions[row].answer) + slip}", add_special_tokens=False)
+            texts.append(torch.tensor([*questions[row].ids, *ids["input_ids"], EOS]))
+        tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_side="left")
+        answer = (tokens == 3).cumsum(1)[:, :-1] > 0  # from the token that the template ends with
+        logits, trace = model(tokens[:, :-1], attend=tokens[:, :-1] != PAD)
+        loss = F.cross_entropy(logits[answer], tokens[:, 1:][answer])
+        balance = train_toy.load_balancing_loss(trace.experts, trace.logits, answer)
+        optimizer.zero_grad()
+        (loss + 0.01 * balance).backward()
+        optimizer.step()
+    model.save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    return flags.replace("random", "model")
+
+
+@pytest.fixture(scope="session")
+def words(extras, tmp_path_factory):
+    return warm_up_on_words(tmp_path_factory.mktemp("words"), steps=150)
 
 
 def without_chance(engine, prompts, new, *, samples, temperature, horizon, generator, **options):
@@ -1807,19 +1854,18 @@ def train_together(case):
     return seen
 
 
-def worker(folder, base, published):
+def worker(folder, base, words):
     """What each of the two processes of the fixture `together` does. In the end they die."""
     sys.modules["matplotlib"] = None  # drawing takes longer than the runs
     found = {case: train_together(case) for case in TOGETHER}
     torch.save(found, f"{folder}/{train_toy.RANK}")
     dist.destroy_process_group = lambda: None  # one group is enough for all that follows
     assert toy(f"{base} --steps 8 --out {folder}/whole").code == 0
-    train_toy.Questions.rewards = lambda _, asked, texts: torch.tensor(
-        [len(text) % 3 / 2 for text in texts]  # which random responses differ in
-    )
     rates = "--learning-rate 1e-3 --alpha 10 --router-multiplier 5"
-    sizes = "--prompts 4 --samples 4 --steps 2 --max-new-tokens 8"
-    assert toy(f"{published} {rates} {sizes} --out {folder}/trained").code == 0
+    sizes = "--prompts 8 --samples 4 --steps 2 --max-new-tokens 4"
+    for method, predictor in EVERY_METHOD:
+        run = f"{words} {rates} {sizes} --method {method} --predictor {predictor}"
+        assert toy(f"{run} --out {folder}/{method}-{predictor}").code == 0
     if train_toy.RANK == 1:
         die_after(pytest.MonkeyPatch(), pr2_mini, "rl_step", call=6)
     toy(f"{base} --steps 8 --out {folder}/killed")
@@ -1833,12 +1879,12 @@ def torchrun(*command):
 
 
 @pytest.fixture(scope="session")
-def together(base, published, tmp_path_factory):
+def together(base, words, tmp_path_factory):
     """The folder in which two processes have worked until one of them was killed, what the two
     found in every case, and what one process finds."""
     folder = tmp_path_factory.mktemp("together")
     module = Path(__file__).stem
-    call = f"{module}.worker({str(folder)!r}, {base!r}, {published!r})"
+    call = f"{module}.worker({str(folder)!r}, {base!r}, {words!r})"
     done = torchrun("--no-python", sys.executable, "-c", f"import {module}; {call}")
     assert (folder / "killed").exists(), done.stderr
     assert done.returncode != 0
@@ -1879,32 +1925,43 @@ def test_bad_flag_under_torchrun_is_refused(flags, message, monkeypatch):
     assert message in refusal(flags)
 
 
-def test_job_trains_a_checkpoint_in_float32(together, published):
-    before = load(published.split()[1]).state_dict()
-    after = load(together.folder / "trained" / "model-2").state_dict()
+def test_job_trains_a_checkpoint_in_float32(together, words):
+    before = load(words.split()[1]).state_dict()
+    folder = together.folder / "pr2-learned"
+    after = load(folder / "model-2").state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {"embed.weight", "blocks.0.moe.router.weight", "blocks.1.moe.down"} <= moved
     assert "blocks.1.moe.router.predictor.weight" in moved
-    reader = train_toy.dcp.FileSystemReader(together.folder / "trained" / "checkpoint" / "step-2")
+    reader = train_toy.dcp.FileSystemReader(folder / "checkpoint" / "step-2")
     kept = reader.read_metadata().state_dict_metadata.values()
     assert {tensor.properties.dtype for tensor in kept} == {torch.float32}
 
 
-def test_trained_checkpoint_generates_in_transformers(together):
-    folder = together.folder / "trained" / "model-2"
+def test_warmed_up_checkpoint_answers_some_questions_and_not_all(together):
+    rewards = [row["reward"] for row in rows(together.folder / "grpo-learned")]
+    assert all(0.1 < reward < 0.9 for reward in rewards)
+
+
+@parametrize(("method", "predictor"), EVERY_METHOD)
+def test_checkpoint_trained_by_each_method_generates_in_transformers(method, predictor, together):
+    folder = together.folder / f"{method}-{predictor}" / "model-2"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    prompts = tokenizer(["What is 1 plus 1?"], return_tensors="pt")
-    tokens = hf_load(folder).generate(**prompts, max_new_tokens=4, do_sample=False)
-    rollout = generate(load(folder), prompts["input_ids"], 4, eos=1, pad=0, temperature=0.0)
-    assert torch.equal(tokens, rollout.tokens[:, : tokens.shape[1]])
+    prompt = tokenizer("<bos><user>What is two plus six?<bot>", add_special_tokens=False)
+    tokens = torch.tensor([prompt["input_ids"]])
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": EOS}
+    expected = hf_load(folder).generate(tokens, **settings)
+    rollout = generate(load(folder), tokens, 4, eos=EOS, pad=PAD, temperature=0.0)
+    assert torch.equal(expected, rollout.tokens[:, : expected.shape[1]])
 
 
-def test_job_goes_on_in_one_process_with_moved_files(together, other_tokenizer, tmp_path):
-    folder = shutil.copytree(together.folder / "trained", tmp_path / "run")
-    done = toy(f"--resume {folder} --steps 3 {other_tokenizer()}")
+def test_job_goes_on_in_one_process_with_moved_files(together, words, tmp_path):
+    folder = shutil.copytree(together.folder / "pr2-learned", tmp_path / "run")
+    moved = shutil.copytree(Path(words.split()[3]).parent, tmp_path / "moved")
+    flags = f"--checkpoint {moved / 'model'} --data {moved / 'sums.jsonl'}"
+    done = toy(f"--resume {folder} --steps 3 {flags}")
     assert done.code == 0
     assert f"wrote             {folder / 'model-3'}" in done.output
-    assert rows(folder)[:2] == rows(together.folder / "trained")
+    assert rows(folder)[:2] == rows(together.folder / "pr2-learned")
 
 
 # ---------------------------------------------------------------- 6. vLLM as the rollout engine
@@ -1998,12 +2055,8 @@ def train_with_vllm(folder, flags):
 
 
 @needs_vllm
-def test_job_with_vllm_resumes_to_the_same_bits(published, tmp_path):
-    vllm_checkpoint("qwen3_moe", tmp_path / "model")
-    save_tokenizer(tmp_path / "model")
-    data = published.split()[3]
-    flags = f"--checkpoint {tmp_path / 'model'} --data {data} {VLLM} --max-new-tokens 6 "
-    flags += "--predictor momentum --steps 3 --save-every 1"
+def test_job_with_vllm_resumes_to_the_same_bits(words, tmp_path):
+    flags = f"{words} {VLLM} --max-new-tokens 4 --predictor momentum --steps 3 --save-every 1"
     module = Path(__file__).stem
     call = f"{module}.train_with_vllm({str(tmp_path)!r}, {flags!r})"
     done = torchrun("--no-python", sys.executable, "-c", f"import {module}; {call}")
@@ -2012,7 +2065,7 @@ def test_job_with_vllm_resumes_to_the_same_bits(published, tmp_path):
     done = torchrun(train_toy.__file__, "--resume", str(tmp_path / "killed"))
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
-    assert "mismatch_route" in rows(tmp_path / "whole")[2]
+    assert all(row["reward"] > 0.1 for row in rows(tmp_path / "whole"))
 
 
 @parametrize(
