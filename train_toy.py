@@ -1308,31 +1308,38 @@ def draw_routes(plot, figure, tokens: list[str], states: Tensor) -> None:
 
 
 def draw_comparison(plot, table: dict, histories: dict[str, list[list[dict]]], path: Path) -> None:
-    """compare.png: reward, held-out accuracy, agreement by mini-step, and the largest ratio."""
-    figure, grid = plot.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
-    reward, held_out, agreement, largest = grid.flat
+    """compare.png: reward, held-out accuracy, the one against the other, agreement by mini-step,
+    the largest ratio, and the legend."""
+    figure, grid = plot.subplots(3, 2, figsize=(9, 9.6), layout="constrained")
+    reward, held_out, agreement, largest, engines, legend = grid.flat
     for number, (variant, runs) in enumerate(histories.items()):
         look = {"color": COLOURS[number % 8], "marker": "osv^DPX*"[number % 8], "linewidth": 1}
         mini = range(1, len(mini_steps(runs[0][0], "agreement")) + 1)
         shares = [table[variant][f"agreement/{i}"][0] for i in mini]
         stale = [table[variant][f"stale_agreement/{i}"][0] for i in mini]
         peaks = [max(map(largest_ratio, rows)) for rows in zip(*runs, strict=True)]
+        steps, rewards = curve(runs, "reward", smooth=10)
+        evaluated, accuracies = curve(runs, "held_out_accuracy", smooth=3)
         curves = [
-            (reward, *curve(runs, "reward", smooth=10)),
-            (held_out, *curve(runs, "held_out_accuracy")),
+            (reward, steps, rewards),
+            (held_out, evaluated, accuracies),
             (agreement, mini, shares),
-            (largest, range(1, len(peaks) + 1), peaks),
+            (largest, steps, peaks),
+            (engines, [rewards[step - 1] for step in evaluated], accuracies),
         ]
         for axes, x, y in curves:
             axes.plot(x, y, label=variant, markevery=max(1, len(x) // 8), markersize=4, **look)
         agreement.plot(mini, stale, ":", color=look["color"], linewidth=1)
     reward.set(title="Sampled reward (mean of 10 batches)", xlabel="rollout batch")
-    held_out.set(title="Held-out accuracy, training engine", xlabel="rollout batch")
+    held_out.set(title="Held-out accuracy (mean of 3)", xlabel="rollout batch")
     agreement.set(title="Recorded experts that are still current, %")
     agreement.set_xlabel("mini-step; dotted: stale counterfactual")
     agreement.xaxis.get_major_locator().set_params(integer=True)
     largest.set(title="Largest PPO ratio of any seed", xlabel="rollout batch", yscale="log")
-    reward.legend(frameon=False)
+    engines.set(title="Do the engines train apart?", xlabel="sampled reward, rollout engine")
+    engines.set_ylabel("held-out accuracy, training engine")
+    legend.axis("off")
+    legend.legend(*reward.get_legend_handles_labels(), loc="center", frameon=False)
     figure.savefig(path, dpi=100)
     plot.close(figure)
 
