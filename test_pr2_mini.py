@@ -150,6 +150,7 @@ def gradients(model, tokens, **forward):
     (lambda: tiny_settings(method="ppo"), 'method is "ppo"; expected one of'),
     (lambda: run_step(tiny_model(), tiny_settings(mini_steps=3)), "4 prompts do not divide"),
     (lambda: AdditionTask(2, 8), "too few sums"),
+    (lambda: train_toy.VLLMEngine(None, tiny_config(qk_norm="full")), "vLLM runs OLMoE with"),
 )
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(InputError, match=message):
@@ -1175,6 +1176,8 @@ def same_run(folder, other):
     ("--compare pr2 pr2:alpha=2", "names pr2:alpha=2 twice"),
     ("--compare r3 --method r2", "takes methods as variants, not as --method"),
     ("--compare r3 --resume run", "goes on by itself"),
+    ("--engine vllm", "--engine vllm needs --checkpoint"),
+    ("--engine vllm --checkpoint x --rollout-dtype fp8", "rolls out in fp32 or bf16"),
     ("--benchmark --checkpoint x", "--benchmark times the toy; leave out --checkpoint"),
 )
 def test_bad_flag_is_refused_before_anything_is_written(flags, message, tmp_path, monkeypatch):
@@ -1618,34 +1621,65 @@ def save_tokenizer(folder, template=TEMPLATE, limits=False, **changes):
     tokenizer.save_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
-def published(extras, tmp_path_factory):
-    """The flags for a tiny checkpoint with a chat template and for 100 questions like GSM8K's."""
-    folder = tmp_path_factory.mktemp("published")
-    tiny_model(vocab_size=262, max_position_embeddings=256).save_pretrained(folder / "model")
-    save_tokenizer(folder / "model")
+def asked(flags):
+    return train_toy.Questions(settings_of(flags))
+
+
+def warm_up_on_words(folder, steps):
+    """Makes a Qwen3-MoE folder with a chat template and a file of 200 sums in words, like GSM8K's,
+    that the model has learned from answers of which a third are off by one; returns their flags."""
+    words = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    words = (words + " fifteen sixteen seventeen eighteen nineteen").split()
     with open(folder / "sums.jsonl", "w") as file:
-        for number in range(100):
-            a, b = divmod(number, 10)
-            row = {"question": f"What is {a} plus {b}?", "answer": f"Add them.\n#### {a + b}"}
+        for a, b in itertools.product(range(20), range(10)):
+            question = f"What is {words[a]} plus {words[b]}?"
+            row = {"question": question, "answer": f"Count on from {a}.\n#### {a + b}"}
             file.write(json.dumps(row) + "\n")
-    return f"--checkpoint {folder / 'model'} --data {folder / 'sums.jsonl'} --device cpu"
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32}
+    model = tiny_model(vocab_size=262, max_position_embeddings=256, **sizes).cpu()
+    model.save_pretrained(folder / "random")
+    save_tokenizer(folder / "random")
+    flags = f"--checkpoint {folder / 'random'} --data {folder / 'sums.jsonl'} --device cpu"
+    task = asked(flags)
+    questions = task.training + task.held_out
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0)
+    generator = draws()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 20, 1.05 - step / steps)
+        texts = []
+        for row in torch.randint(200, (64,), generator=generator).tolist():
+            slip = [0, 0, 0, 0, 1, -1][torch.randint(6, (), generator=generator)]
+            written = str(int(questions[row].answer) + slip)
+            ids = task.tokenizer(written, add_special_tokens=False)["input_ids"]
+            texts.append(torch.tensor([*questions[row].ids, *ids, EOS]))
+        tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_side="left")
+        answer = (tokens == 3).cumsum(1)[:, :-1] > 0  # from the token that the template ends with
+        logits, trace = model(tokens[:, :-1], attend=tokens[:, :-1] != PAD)
+        loss = F.cross_entropy(logits[answer], tokens[:, 1:][answer])
+        balance = train_toy.load_balancing_loss(trace.experts, trace.logits, answer)
+        optimizer.zero_grad()
+        (loss + 0.01 * balance).backward()
+        optimizer.step()
+    model.save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    return flags.replace("random", "model")
 
 
-def asked(published, flags=""):
-    """The task."""
-    return train_toy.Questions(settings_of(f"{published} {flags}"))
+@pytest.fixture(scope="session")
+def words(extras, tmp_path_factory):
+    """The flags of a checkpoint and its questions."""
+    return warm_up_on_words(tmp_path_factory.mktemp("words"), steps=150)
 
 
 @pytest.fixture
-def other_tokenizer(published, tmp_path):
+def other_tokenizer(words, tmp_path):
     """A function that gives the checkpoint another tokenizer, and returns the flags."""
 
     def change(**options):
         unwanted = shutil.ignore_patterns("*token*", "chat_template*")
-        shutil.copytree(published.split()[1], tmp_path / "model", ignore=unwanted)
+        shutil.copytree(words.split()[1], tmp_path / "model", ignore=unwanted)
         save_tokenizer(tmp_path / "model", **options)
-        return f"{published} --checkpoint {tmp_path / 'model'}"
+        return f"{words} --checkpoint {tmp_path / 'model'}"
 
     return change
 
@@ -1658,7 +1692,7 @@ def other_tokenizer(published, tmp_path):
     (None, "", "<bos>What is 0 plus 0?\nAnswer:"),
 )
 def test_prompt_is_templated_or_plain(template, flags, prompt, limits, other_tokenizer):
-    task = asked(other_tokenizer(template=template, limits=limits), flags)
+    task = asked(f"{other_tokenizer(template=template, limits=limits)} {flags}")
     assert task.tokenizer.decode(task.encode("What is 0 plus 0?")) == prompt
 
 
@@ -1683,13 +1717,13 @@ def test_padding_may_be_the_end_token(pad, other_tokenizer):
     assert attend.tolist() == [[True, True, True], [False, False, True]]
 
 
-def test_prompts_that_are_too_long_are_left_out_and_counted(published, tmp_path, capsys):
+def test_prompts_that_are_too_long_are_left_out_and_counted(words, tmp_path, capsys):
     path = tmp_path / "sums.jsonl"
     long = json.dumps({"question": 100 * "long ", "answer": 1}) + "\n"
-    path.write_text(Path(published.split()[3]).read_text() + 3 * long)
-    task = asked(f"{published} --data {path}", "--prompt-length 99")
+    path.write_text(Path(words.split()[3]).read_text() + 3 * long)
+    task = asked(f"{words} --data {path} --prompt-length 99")
     assert "left out         3 prompts of more than 99 tokens" in capsys.readouterr().out
-    assert len(task.training + task.held_out) == 100
+    assert len(task.training + task.held_out) == 200
 
 
 @parametrize(
@@ -1703,10 +1737,10 @@ def test_answer_is_what_follows_the_hashes_or_bare(extras, written, answer, tmp_
 
 
 @parametrize("line", ['{"question": "Why?"}', '{"question": ', "", "[1, 2]", "3"])
-def test_bad_line_is_named_by_its_number(line, published, tmp_path):
+def test_bad_line_is_named_by_its_number(line, words, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"question": "Why?", "answer": "1"}\n' + line + "\n")
-    assert f"line 2 of {path} is not" in refusal(f"{published} --data {path}")
+    assert f"line 2 of {path} is not" in refusal(f"{words} --data {path}")
 
 
 @table(
@@ -1725,20 +1759,22 @@ def test_bad_checkpoint_is_refused(changes, flags, message, other_tokenizer, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_package_is_named_with_its_pip_command(published, monkeypatch):
+def test_missing_package_is_named_with_its_pip_command(words, monkeypatch):
     monkeypatch.setattr(train_toy.importlib.util, "find_spec", lambda _: None)
-    assert refusal(published).endswith("pip install math-verify")
+    assert refusal(words).endswith("pip install math-verify")
+    assert refusal(f"{words} --engine vllm").endswith("pip install vllm")
+    assert refusal("--track wandb").endswith("pip install wandb")
     with pytest.raises(InputError, match="pip install numpy"):
         train_toy.open_device("cpu", sharded=True)
 
 
-def test_an_eighth_of_the_questions_is_held_out_and_never_trained_on(published):
-    task = asked(published)
+def test_an_eighth_of_the_questions_is_held_out_and_never_trained_on(words):
+    task = asked(words)
     held_out = set(task.problems(999, draws(), held_out=True))
     training = set(task.problems(9999, draws()))
     checksums = [zlib.crc32(problem.text.encode()) % 8 for problem in training]
     assert 0 not in checksums and not training & held_out
-    assert len(training) + len(held_out) == 100
+    assert len(training) + len(held_out) == 200
 
 
 @table(
@@ -1757,57 +1793,21 @@ def test_reward_of_a_response(extras, expected, responses, reward):
     assert found.tolist() == [reward] * len(responses)
 
 
+def test_response_that_never_ended_earns_nothing(words):
+    task, _, rl = train_toy.build_task(settings_of(f"{words} --max-new-tokens 2"))
+    tokens = torch.tensor([[7, *task.tokenizer("2")["input_ids"][1:], end] for end in (EOS, 7)])
+    rollout = SimpleNamespace(tokens=tokens, prompt_length=1)
+    question = train_toy.Question("Why?", "2", ())
+    task.decode = lambda ids: ["2", "2"]
+    assert train_toy.judge(task, rl, [question, question], rollout)[1].tolist() == [1.0, 0.0]
+
+
 # ------------------------------------------------------------------------------- Many processes
 EVERY_METHOD = [*((method, "learned") for method in METHODS), ("pr2", "momentum")]
 TOGETHER = {method: {"method": method} for method in METHODS}
 TOGETHER["momentum"] = {"method": "pr2", "predictor": "momentum"}
 TOGETHER["micro-batches"] = {"method": "gspo", "micro_batch": 3}
 TOGETHER["not finite"] = {"method": "pr2"}
-
-
-def warm_up_on_words(folder, steps):
-    """Makes a Qwen3-MoE folder with a chat template and a file of 200 sums in words, like GSM8K's,
-    that the model has learned from answers of which a third are off by one; returns their flags."""
-    digits = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-    words = (digits + " fifteen sixteen seventeen eighteen nineteen").split()
-    with open(folder / "sums.jsonl", "w") as file:
-        for a, b in itertools.product(range(20), range(10)):
-            question = f"What is {words[a]} plus {words[b]}?"
-            row = {"question": question, "answer": f"Count on from {a}.\n#### {a + b}"}
-            file.write(json.dumps(row) + "\n")
-    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32}
-    model = tiny_model(vocab_size=262, max_position_embeddings=256, **sizes).cpu()
-    model.save_pretrained(folder / "random")
-    save_tokenizer(folder / "random")
-    flags = f"--checkpoint {folder / 'random'} --data {folder / 'sums.jsonl'} --device cpu"
-    task = train_toy.Questions(settings_of(flags))
-    questions = task.training + task.held_out
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0)
-    generator = draws()
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 20, 1.05 - step / steps)
-        texts = []
-        for row in torch.randint(200, (64,), generator=generator).tolist():
-            error = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, -1.0])
-            slip = int(error[torch.randint(6, (), generator=generator)])
-            ids = task.tokenizer(f"{int(questions[row].answer) + slip}", add_special_tokens=False)
-            texts.append(torch.tensor([*questions[row].ids, *ids["input_ids"], EOS]))
-        tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_side="left")
-        answer = (tokens == 3).cumsum(1)[:, :-1] > 0  # from the token that the template ends with
-        logits, trace = model(tokens[:, :-1], attend=tokens[:, :-1] != PAD)
-        loss = F.cross_entropy(logits[answer], tokens[:, 1:][answer])
-        balance = train_toy.load_balancing_loss(trace.experts, trace.logits, answer)
-        optimizer.zero_grad()
-        (loss + 0.01 * balance).backward()
-        optimizer.step()
-    model.save_pretrained(folder / "model")
-    save_tokenizer(folder / "model")
-    return flags.replace("random", "model")
-
-
-@pytest.fixture(scope="session")
-def words(extras, tmp_path_factory):
-    return warm_up_on_words(tmp_path_factory.mktemp("words"), steps=150)
 
 
 def without_chance(engine, prompts, new, *, samples, temperature, horizon, generator, **options):
@@ -1872,10 +1872,18 @@ def worker(folder, base, words):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def torchrun(*command):
-    """Two processes of that command; the finished launcher."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run([*launcher, *command], cwd=HERE, text=True, capture_output=True)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def launch(*command):
+    """The finished command."""
+    return subprocess.run(command, cwd=HERE, text=True, capture_output=True)
+
+
+def call_of(function, *arguments):
+    """The command that calls a function of this file."""
+    module = Path(__file__).stem
+    return [sys.executable, "-c", f"import {module}; {module}.{function.__name__}{arguments!r}"]
 
 
 @pytest.fixture(scope="session")
@@ -1883,9 +1891,7 @@ def together(base, words, tmp_path_factory):
     """The folder in which two processes have worked until one of them was killed, what the two
     found in every case, and what one process finds."""
     folder = tmp_path_factory.mktemp("together")
-    module = Path(__file__).stem
-    call = f"{module}.worker({str(folder)!r}, {base!r}, {words!r})"
-    done = torchrun("--no-python", sys.executable, "-c", f"import {module}; {call}")
+    done = launch(*TORCHRUN, "--no-python", *call_of(worker, str(folder), base, words))
     assert (folder / "killed").exists(), done.stderr
     assert done.returncode != 0
     ranks = [torch.load(folder / str(rank), weights_only=False) for rank in range(2)]
@@ -1911,7 +1917,7 @@ def test_two_processes_train_as_one_does(case, together):
 def test_killed_job_resumes_to_the_same_bits_on_as_many_processes(together, tmp_path):
     folder = shutil.copytree(together.folder / "killed", tmp_path / "run")
     assert newest(folder) == "step-4"
-    done = torchrun(train_toy.__file__, "--resume", str(folder))
+    done = launch(*TORCHRUN, train_toy.__file__, "--resume", str(folder))
     assert done.returncode == 0, done.stderr
     same_run(folder, together.folder / "whole")
 
@@ -1972,16 +1978,11 @@ needs_vllm = pytest.mark.skipif(
 VLLM = "--engine vllm --rollout-dtype fp32 --device cpu --prompts 4 --samples 2"
 
 
-def vllm_checkpoint(kind, folder):
-    """A tiny checkpoint with heads of a size that vLLM has on CPUs."""
-    sizes = {"hidden_size": 64, "num_attention_heads": 2, "vocab_size": 262}
-    sizes.update(rms_norm_eps=1e-5, norm_topk_prob=kind != "olmoe", head_dim=32)
-    hf_model(kind, folder, **sizes)
-
-
 def use_vllm(kind, folder):
     """What a process of its own, since vLLM changes a process, finds in its rollouts."""
-    vllm_checkpoint(kind, folder / "model")
+    folder = Path(folder)
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "vocab_size": 262}
+    hf_model(kind, folder / "model", rms_norm_eps=1e-5, norm_topk_prob=kind != "olmoe", **sizes)
     settings = settings_of(f"--checkpoint {folder / 'model'} {VLLM} --max-new-tokens 6")
     settings.eos = list(range(1, 200, 3))
     model = load(folder / "model").requires_grad_(True)
@@ -2019,10 +2020,7 @@ def use_vllm(kind, folder):
 @pytest.fixture(scope="session", params=["qwen3_moe", "olmoe", "mixtral"])
 def vllm_found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    module = Path(__file__).stem
-    call = f"{module}.use_vllm({request.param!r}, {module}.Path({str(folder)!r}))"
-    command = [sys.executable, "-c", f"import {module}; {call}"]
-    done = subprocess.run(command, cwd=HERE, text=True, capture_output=True)
+    done = launch(*call_of(use_vllm, request.param, str(folder)))
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "found.json").read_text())
 
@@ -2057,29 +2055,13 @@ def train_with_vllm(folder, flags):
 @needs_vllm
 def test_job_with_vllm_resumes_to_the_same_bits(words, tmp_path):
     flags = f"{words} {VLLM} --max-new-tokens 4 --predictor momentum --steps 3 --save-every 1"
-    module = Path(__file__).stem
-    call = f"{module}.train_with_vllm({str(tmp_path)!r}, {flags!r})"
-    done = torchrun("--no-python", sys.executable, "-c", f"import {module}; {call}")
+    done = launch(*TORCHRUN, "--no-python", *call_of(train_with_vllm, str(tmp_path), flags))
     assert (tmp_path / "killed").exists(), done.stderr
     assert newest(tmp_path / "killed") == "step-1"
-    done = torchrun(train_toy.__file__, "--resume", str(tmp_path / "killed"))
+    done = launch(*TORCHRUN, train_toy.__file__, "--resume", str(tmp_path / "killed"))
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     assert all(row["reward"] > 0.1 for row in rows(tmp_path / "whole"))
-
-
-@parametrize(
-    ("flags", "message"),
-    [
-        ("--engine vllm", "--engine vllm needs --checkpoint"),
-        ("--engine vllm --checkpoint x --rollout-dtype fp8", "rolls out in fp32 or bf16"),
-        ("--engine vllm --checkpoint x", "pip install vllm"),
-        ("--track wandb", "pip install wandb"),
-    ],
-)
-def test_engine_or_tracker_that_cannot_be_used_is_refused(flags, message, monkeypatch):
-    monkeypatch.setattr(train_toy.importlib.util, "find_spec", lambda name: None)
-    assert message in refusal(flags)
 
 
 @parametrize("package", ["wandb", "trackio"])

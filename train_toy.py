@@ -5,6 +5,7 @@
     python train_toy.py --resume runs/NAME         # go on with a run that was stopped or killed
     python train_toy.py --compare r3 pr2:alpha=0.3 pr2:predictor=momentum       # side by side
     python train_toy.py --checkpoint OLMoE-1B-7B --data train.jsonl             # a real checkpoint
+    python train_toy.py --checkpoint DIR --data FILE --engine vllm              # vLLM samples
     torchrun --nproc-per-node 8 train_toy.py --checkpoint DIR --data FILE --out runs/NAME
 
 A run's folder holds config.json (every setting), metrics.jsonl (a line for each rollout batch) and
@@ -374,7 +375,7 @@ def load_checkpoint(folder: Path, model: MoETransformer, tensors: dict) -> dict:
         raise InputError(f"{folder} has no checkpoint; start the run again with --out {folder}")
     path = checkpoints[-1]
     progress = read_json(path / "progress.json")
-    complete = progress.keys() == {"before", "history"}
+    complete = progress.keys() == {"before", "history"} and len(progress["before"]) == 2
     if not complete or path.name != f"step-{len(progress['history'])}":
         raise InputError(f"{path / 'progress.json'} is damaged or of another version")
     try:
@@ -633,9 +634,8 @@ class VLLMEngine:
                 disable_log_stats=True,
             )
         except Exception as error:  # of any type, of vLLM and of what it calls
-            raise InputError(
-                f"vLLM cannot run {settings.checkpoint}: {last_line(error)}"
-            ) from error
+            reason = last_line(error)
+            raise InputError(f"vLLM cannot run {settings.checkpoint}: {reason}") from error
 
     def weights(self, model: MoETransformer, horizon: float | None, all_of_them: bool) -> Iterator:
         """The policy's weights by the names of published checkpoints, or only the routers. One at a
@@ -708,7 +708,8 @@ class VLLMEngine:
                     if route is None or route.shape != shape:
                         found = None if route is None else route.shape
                         raise InputError(f"vLLM returned routes {found}; expected {shape}")
-                    experts[:, place, start : end - 1] = torch.tensor(route.swapaxes(0, 1).tolist())
+                    route = torch.from_numpy(route.astype("int16")).transpose(0, 1)
+                    experts[:, place, start : end - 1] = route
                     tokens[place, P:end] = torch.tensor(output.token_ids)
                     real[place, P:end] = True
                     for column, token in enumerate(output.token_ids):
@@ -823,10 +824,20 @@ def respond(model, task, rl: RLConfig, problems: list, temperature: float, *key,
     )
 
 
-def answer(model, task, rl: RLConfig, problems: list, temperature: float) -> list[str]:
-    """The training model's own responses; the same samples for the same model in every call."""
+def judge(task, rl: RLConfig, problems: list, rollout: pr2_mini.Rollout) -> tuple[list, Tensor]:
+    """The responses to the problems as texts, and their rewards; without an end it is 0."""
+    tokens = rollout.tokens[:, rollout.prompt_length :]
+    ended = torch.isin(tokens, torch.tensor(rl.eos, device=tokens.device)).any(1)
+    responses = task.decode(tokens)
+    rewards = task.rewards(problems, responses)
+    return responses, rewards * ended.to(rewards.device)
+
+
+def answer(model, task, rl: RLConfig, problems: list, temperature: float) -> tuple[list, Tensor]:
+    """The training model's own responses and their rewards; the same samples for the same model in
+    every call."""
     rollout = respond(model, task, rl, problems, temperature, "answers", RANK)
-    return task.decode(rollout.tokens[:, rollout.prompt_length :])
+    return judge(task, rl, problems, rollout)
 
 
 def evaluate(model, task, rl: RLConfig) -> dict[str, float]:
@@ -836,7 +847,7 @@ def evaluate(model, task, rl: RLConfig) -> dict[str, float]:
     mine = problems[RANK::PROCESSES]
     metrics = {}
     for name, temperature in (("held_out_accuracy", 1.0), ("greedy_accuracy", 0.0)):
-        right = task.rewards(mine, answer(model, task, rl, mine, temperature)).sum()
+        right = answer(model, task, rl, mine, temperature)[1].sum()
         metrics[name] = float(pr2_mini.mean_over_processes(right)) * PROCESSES / EVALUATED
     return metrics
 
@@ -861,10 +872,11 @@ def train(settings, built: tuple, folder: Path, resume: bool, bar: tqdm, alone: 
     # Maybe resume.
     if resume:
         progress = load_checkpoint(folder, model, tensors)
-        if len(progress["before"]) != len(examples):
+        if len(progress["before"][0]) != len(examples):
             raise InputError(f"the newest checkpoint in {folder} is of other examples")
     else:
-        progress = {"before": answer(model, task, rl, examples, 1.0), "history": []}
+        responses, right = answer(model, task, rl, examples, 1.0)
+        progress = {"before": [responses, right.tolist()], "history": []}
     history = progress["history"]
     if RANK == 0:  # with the new --steps of a resumed run
         write_file(folder / "config.json", json.dumps(as_dict(settings), indent=2) + "\n")
@@ -894,8 +906,7 @@ def train(settings, built: tuple, folder: Path, resume: bool, bar: tqdm, alone: 
         tokens, attend = task.prompts(mine)
 
         def reward(rollout: pr2_mini.Rollout) -> Tensor:
-            responses = task.decode(rollout.tokens[:, rollout.prompt_length :])
-            return task.rewards(asked, responses)  # noqa: B023, called before the next batch
+            return judge(task, rl, asked, rollout)[1]  # noqa: B023, called before the next batch
 
         drawn = alone and settings.engine == "built-in" and importlib.util.find_spec("matplotlib")
         if drawn and step == settings.steps:
@@ -981,18 +992,17 @@ def ending(text: str) -> str:
 
 def report(settings, folder, model, task, rl, history, examples, before, picture) -> None:
     """The eight problems before and after, the numbers that README.md explains, and the files."""
-    after = answer(model, task, rl, examples, 1.0)
+    texts_before, right_before = before
+    texts_after, right_after = answer(model, task, rl, examples, 1.0)
     exported = export(settings, folder, model, len(history)) if settings.checkpoint else None
     states = None if picture is None else route_states(model, rl, task, picture)
     if RANK > 0:
         return
     print(f"\n{'held-out problem':<24} {'before RL':<32} after RL")
-    right_before = task.rewards(examples, before).tolist()
-    right_after = task.rewards(examples, after).tolist()
     for i, problem in enumerate(examples):
         line = f"{ending(task.text(problem)):<24} "
-        for response, right in ((before[i], right_before[i]), (after[i], right_after[i])):
-            line += f"{ending(response):<24} {'right' if right else 'wrong':<7}"
+        for texts, right in ((texts_before, right_before), (texts_after, right_after)):
+            line += f"{ending(texts[i]):<24} {'right' if right[i] else 'wrong':<7}"
         print(line)
     print(f"right before     {sum(right_before):.0f} of {len(examples)}")
     print(f"right after      {sum(right_after):.0f} of {len(examples)}")
