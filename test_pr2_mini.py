@@ -1071,7 +1071,7 @@ HERE = Path(__file__).resolve().parent
 SMALL = (
     "--operands 2 --layers 2 --experts 4 --experts-per-token 2 --expert-width 16 --prompts 4 "
     "--samples 4 --device cpu --save-every 4 --largest 9 --warm-up 300 --slip 0.35 "
-    "--learning-rate 2e-4 --router-multiplier 50"
+    "--router-multiplier 50"
 )
 
 
@@ -1166,7 +1166,7 @@ def same_run(folder, other):
     ("--steps 0", "steps 0; expected a number of at least 1"),
     ("--seed -1", "seed -1; expected a number of at least 0"),
     ("--prompts 63", "63 prompts do not divide into 2 mini-steps"),
-    ("--operands 1", "1 numbers up to 20 make too few sums"),
+    ("--operands 1", "1 numbers up to 16 make too few sums"),
     ("--max-new-tokens 2043", "2048 positions; lower --max-new-tokens"),
     ("--compare pr2:alpha=big", 'pr2:alpha=big": argument --alpha: invalid float value'),
     ("--compare pr2:out=run", 'has "out", which is not a setting'),

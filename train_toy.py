@@ -68,14 +68,13 @@ class Settings(RLConfig):
     but for eos and pad, which are the task's."""
 
     max_new_tokens: int = 0  # longest response, 0 = what the task needs
-    learning_rate: float = 3e-4  # of the policy
-    router_multiplier: float = 10.0  # learning rate of the routers W over the policy's (ours)
+    router_multiplier: float = 3.0  # learning rate of the routers W over the policy's (ours)
     seed: int = 0  # of the base model and of everything after it
     steps: int = 300  # rollout batches
     prompts: int = 64  # per rollout batch
     operands: int = 3  # numbers in a sum
-    largest: int = 20  # largest number in a sum
-    slip: float = 0.3  # share of the sums in the warm-up's text that are off by one
+    largest: int = 16  # largest number in a sum
+    slip: float = 0.32  # share of the sums in the warm-up's text that are off by one
     warm_up: int = 800  # steps of the warm-up
     layers: int = 4  # of the toy's model
     experts: int = 32  # N, experts per layer
@@ -105,7 +104,6 @@ COMPARE_DEFAULTS = {
     "largest": 9,
     "slip": 0.35,
     "warm_up": 300,
-    "learning_rate": 2e-4,
     "router_multiplier": 50.0,
     "steps": 60,
 }
