@@ -906,8 +906,8 @@ def train(settings, built: tuple, folder: Path, resume: bool, bar: tqdm, alone: 
         def reward(rollout: pr2_mini.Rollout) -> Tensor:
             return judge(task, rl, asked, rollout)[1]  # noqa: B023, called before the next batch
 
-        drawn = alone and settings.engine == "built-in" and importlib.util.find_spec("matplotlib")
-        if drawn and step == settings.steps:
+        figures = alone and importlib.util.find_spec("matplotlib")
+        if figures and settings.engine == "built-in" and step == settings.steps:
             picture = record_routes(model, engine, optimizer, rl, task, examples)
         metrics = pr2_mini.rl_step(
             model,
