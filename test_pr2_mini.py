@@ -1190,6 +1190,12 @@ def test_device_that_is_not_there_is_refused(tmp_path):
     assert 'device "tpu" is not available' in refusal(f"--device tpu --out {tmp_path}")
 
 
+def test_regime_of_compare_is_what_the_readme_says():
+    text = (HERE / "README.md").read_text().replace("\n", " ")
+    (flags,) = re.findall(r"than the default run, `(--largest [^`]+)`", text)
+    assert train_toy.parse(flags.split())[1] == train_toy.COMPARE_DEFAULTS
+
+
 def test_every_setting_is_a_flag_with_its_help_and_default(monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
     text = toy("--help").output
