@@ -70,7 +70,7 @@ class Settings(RLConfig):
     max_new_tokens: int = 0  # longest response, 0 = what the task needs
     router_multiplier: float = 3.0  # learning rate of the routers W over the policy's (ours)
     seed: int = 0  # of the base model and of everything after it
-    steps: int = 300  # rollout batches
+    steps: int = 220  # rollout batches
     prompts: int = 64  # per rollout batch
     operands: int = 3  # numbers in a sum
     largest: int = 16  # largest number in a sum
