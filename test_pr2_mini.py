@@ -1433,8 +1433,13 @@ def test_run_whose_last_update_is_skipped_says_so_and_fails(base, tmp_path):
 
 
 def test_run_that_recovers_says_how_many_updates_were_skipped(base, tmp_path, monkeypatch):
-    rewards = [torch.full((16,), math.nan)] + [torch.tensor([1.0, 0.0] * 8)] * 10
-    monkeypatch.setattr(AdditionTask, "rewards", mock.Mock(side_effect=rewards))
+    factors = iter([math.nan])  # of the first rollout batch's rewards
+
+    def rewards(_, problems, responses):
+        right = (torch.arange(len(problems)) % 2).float()
+        return right * next(factors, 1.0) if len(problems) == 16 else right
+
+    monkeypatch.setattr(AdditionTask, "rewards", rewards)
     done = toy(f"{base} --steps 2 --out {tmp_path}")
     assert done.code == 0
     assert done.errors.endswith("\n2 updates were not finite and were skipped\n")
