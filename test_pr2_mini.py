@@ -1887,8 +1887,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def launch(*command):
-    """The finished command."""
-    return subprocess.run(command, cwd=HERE, text=True, capture_output=True)
+    """The finished command, with one thread as here: another number would sum in another order."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=HERE, env=environment, text=True, capture_output=True)
 
 
 def call_of(function, *arguments):
