@@ -134,6 +134,11 @@ class Router(nn.Module):
         nn.init.zeros_(self.predictor.weight)  # b = 0 and I_hat = I, until it has learned
         self.register_buffer("drift_fit", torch.zeros(2))  # only section 7 uses it
 
+    def folded(self, horizon: float) -> Tensor:
+        """W + m W_p (N, D): with it as W any engine routes and weighs by rho_hat, since
+        p + m b = h (W + m W_p)."""
+        return self.weight + horizon * self.predictor.weight
+
     def forward(self, h, replay=None, horizon=None, only_pick=False):
         """Which experts run, and how much each of them counts.
 
@@ -476,6 +481,28 @@ class Rollout(NamedTuple):
     experts: Tensor  # (L, B, P + C - 1, k) int16, any valid set at padding and after the end
     prompt_length: int  # P
 
+    def ended(self, eos: int | list[int]) -> Tensor:
+        """(B,) bool, which responses have an end token."""
+        response = self.tokens[:, self.prompt_length :]
+        real = self.attend[:, self.prompt_length :]
+        end_tokens = torch.tensor(eos, device=response.device).view(-1)
+        return (torch.isin(response, end_tokens) & real).any(1)
+
+
+def blank_rollout(
+    config: ModelConfig, prompts: Tensor, attend: Tensor, samples: int, new: int, pad: int
+) -> Rollout:
+    """The rollout of (Q, P) prompts before any of the `new` tokens has been sampled."""
+    Q, P = prompts.shape
+    B = Q * samples
+    k = config.num_experts_per_tok
+    tokens = F.pad(prompts.repeat_interleave(samples, dim=0), (0, new), value=pad)
+    attend = F.pad(attend.repeat_interleave(samples, dim=0), (0, new), value=False)
+    logprobs = torch.zeros(B, new, device=prompts.device)
+    placeholder = torch.arange(k, dtype=torch.int16, device=prompts.device)  # a valid set
+    experts = placeholder.expand(config.num_hidden_layers, B, P + new - 1, k).clone()
+    return Rollout(tokens, attend, logprobs, experts, prompt_length=P)
+
 
 @torch.no_grad()
 def generate(
@@ -512,17 +539,12 @@ def generate(
     hidden = hidden.repeat_interleave(samples, dim=0)
     if isinstance(horizon, Tensor):
         horizon = horizon.expand(Q).repeat_interleave(samples)
-    B = Q * samples
-    tokens = F.pad(prompts.repeat_interleave(samples, dim=0), (0, max_new_tokens), value=pad)
-    attend = F.pad(attend.repeat_interleave(samples, dim=0), (0, max_new_tokens), value=False)
-    logprobs = torch.zeros(B, max_new_tokens, device=device)
-    L, _, _, k = trace.experts.shape
-    placeholder = torch.arange(k, dtype=torch.int16, device=device)  # a valid set
-    experts = placeholder.expand(L, B, P + max_new_tokens - 1, k).clone()
+    rollout = blank_rollout(model.config, prompts, attend, samples, max_new_tokens, pad)
+    tokens, attend, logprobs, experts, _ = rollout
     experts[:, :, :P] = trace.experts.repeat_interleave(samples, dim=1)
 
     end_tokens = torch.tensor(eos, device=device).view(-1)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    finished = torch.zeros(len(tokens), dtype=torch.bool, device=device)
     for column in range(P, P + max_new_tokens):
         logits = model.lm_head(hidden[:, -1]).float()
         log_p = (logits / (temperature or 1.0)).log_softmax(-1)
@@ -547,7 +569,7 @@ def generate(
         seen = attend[:, : column + 1] if padded else None
         hidden, trace = model(token[:, None], attend=seen, cache=cache, horizon=horizon, head=False)
         experts[:, :, column] = trace.experts[:, :, 0]
-    return Rollout(tokens, attend, logprobs, experts, prompt_length=P)
+    return rollout
 
 
 def empty_model(config: ModelConfig, device) -> MoETransformer:
@@ -1027,15 +1049,13 @@ def measure_engines(batch: Batch, gap: Tensor, sampled: Tensor, own: Tensor) -> 
 
 def measure_rollout(rollout: Rollout, rewards: Tensor, config, gaps) -> dict[str, float]:
     """Means over rewards (Q, G), over responses, and of the sums of `measure_engines`, gaps."""
-    response = rollout.tokens[:, rollout.prompt_length :]
     real = rollout.attend[:, rollout.prompt_length :]
-    end_tokens = torch.tensor(config.eos, device=response.device).view(-1)
-    ended = (torch.isin(response, end_tokens) & real).any(1)
+    ended = rollout.ended(config.eos)
     sums = {
         "reward": rewards.float().mean(),
         "zero_variance": (rewards == rewards[:, :1]).all(1).float().mean(),  # groups, no signal
         "truncated": (~ended).float().mean(),  # responses that never ended
-        "response_length": real.sum() / len(response),
+        "response_length": real.sum() / len(real),
     }
     tokens = mean_over_processes(real.sum())
     for name, value in gaps.items():
@@ -1326,7 +1346,7 @@ def save_pretrained(model: MoETransformer, path: Path, horizon: float | None) ->
         gate = f"model.layers.{layer}.mlp.gate"
         predictor[f"{gate}.predictor.weight"] = weights.pop(f"{gate}.predictor.weight")
         if horizon is not None:
-            weights[f"{gate}.weight"] = router.weight + horizon * router.predictor.weight
+            weights[f"{gate}.weight"] = router.folded(horizon)
     hf_config, generation_config = model.hf_configs or (hf_config_of(model.config), None)
     with torch.device("meta"):
         hf_model = transformers.AutoModelForCausalLM.from_config(hf_config)

@@ -1807,7 +1807,8 @@ def test_reward_of_a_response(extras, expected, responses, reward):
 def test_response_that_never_ended_earns_nothing(words):
     task, _, rl = train_toy.build_task(settings_of(f"{words} --max-new-tokens 2"))
     tokens = torch.tensor([[7, *task.tokenizer("2")["input_ids"][1:], end] for end in (EOS, 7)])
-    rollout = SimpleNamespace(tokens=tokens, prompt_length=1)
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    rollout = pr2_mini.Rollout(tokens, real, logprobs=None, experts=None, prompt_length=1)
     question = train_toy.Question("Why?", "2", ())
     task.decode = lambda ids: ["2", "2"]
     assert train_toy.judge(task, rl, [question, question], rollout)[1].tolist() == [1.0, 0.0]

@@ -646,18 +646,21 @@ class VLLMEngine:
                 weight = weight.full_tensor()
             if ".router." in name and horizon is not None:
                 router = model.get_submodule(name.removesuffix(".weight"))
-                weight = weight + horizon * router.predictor.weight.detach()
+                weight = router.folded(horizon).detach()
             name = pr2_mini.hf_name(name)
             if self.config.qk_norm == "none":  # Mixtral
                 name = name.replace(".mlp.", ".block_sparse_moe.")
             if ".experts." not in name:
                 yield name, weight
                 continue
+            experts, _, kind = name.rpartition(".")
             for expert, stacked in enumerate(weight):
-                parts = stacked.chunk(2) if name.endswith("gate_up_proj") else [stacked]
-                words = ("gate_proj", "up_proj") if len(parts) == 2 else ("down_proj",)
-                for word, part in zip(words, parts, strict=True):
-                    yield f"{name.rpartition('.')[0]}.{expert}.{word}.weight", part
+                if kind == "gate_up_proj":
+                    gate, up = stacked.chunk(2)
+                    yield f"{experts}.{expert}.gate_proj.weight", gate
+                    yield f"{experts}.{expert}.up_proj.weight", up
+                else:
+                    yield f"{experts}.{expert}.down_proj.weight", stacked
 
     @torch.no_grad()
     def update(self, model: MoETransformer, horizon: float | None, all_of_them: bool) -> None:
@@ -678,13 +681,9 @@ class VLLMEngine:
         C = self.settings.max_new_tokens
         L = self.config.num_hidden_layers
         k = self.config.num_experts_per_tok
+        rollout = pr2_mini.blank_rollout(self.config, prompts, attend, G, C, self.settings.pad)
+        tokens, real, logprobs, experts, _ = rollout
         device = prompts.device
-        pad = self.settings.pad
-        tokens = F.pad(prompts.repeat_interleave(G, dim=0), (0, C), value=pad)
-        real = F.pad(attend.repeat_interleave(G, dim=0), (0, C), value=False)
-        logprobs = torch.zeros(Q * G, C, device=device)
-        placeholder = torch.arange(k, dtype=torch.int16)  # a valid set
-        experts = placeholder.expand(L, Q * G, P + C - 1, k).clone()
         seeds = torch.randint(2**31, (Q,), generator=generator, device=device).tolist()
         horizons = [None] * Q if horizon is None else horizon.tolist()
         for run, m in enumerate(dict.fromkeys(horizons)):
@@ -713,12 +712,11 @@ class VLLMEngine:
                     for column, token in enumerate(output.token_ids):
                         logprobs[place, column] = output.logprobs[column][token].logprob
         pr2_mini.check_routes(experts, (L, Q * G, P + C - 1), self.config)
-        return pr2_mini.Rollout(tokens, real, logprobs, experts.to(device), prompt_length=P)
+        return rollout
 
     def sampling(self, seed: int):
         """Of the responses to one prompt."""
         settings = self.settings
-        ends = [settings.eos] if isinstance(settings.eos, int) else settings.eos
         return self.vllm.SamplingParams(
             n=settings.samples,
             temperature=settings.temperature,
@@ -726,7 +724,7 @@ class VLLMEngine:
             logprobs=0,  # of the sampled token alone
             detokenize=False,
             ignore_eos=True,  # all of them are here:
-            stop_token_ids=ends,
+            stop_token_ids=settings.eos,
             seed=seed,
         )
 
@@ -824,11 +822,9 @@ def respond(model, task, rl: RLConfig, problems: list, temperature: float, *key,
 
 def judge(task, rl: RLConfig, problems: list, rollout: pr2_mini.Rollout) -> tuple[list, Tensor]:
     """The responses to the problems as texts, and their rewards; without an end it is 0."""
-    tokens = rollout.tokens[:, rollout.prompt_length :]
-    ended = torch.isin(tokens, torch.tensor(rl.eos, device=tokens.device)).any(1)
-    responses = task.decode(tokens)
+    responses = task.decode(rollout.tokens[:, rollout.prompt_length :])
     rewards = task.rewards(problems, responses)
-    return responses, rewards * ended.to(rewards.device)
+    return responses, rewards * rollout.ended(rl.eos).to(rewards.device)
 
 
 def answer(model, task, rl: RLConfig, problems: list, temperature: float) -> tuple[list, Tensor]:
@@ -890,6 +886,8 @@ def train(settings, built: tuple, folder: Path, resume: bool, bar: tqdm, alone: 
 
     # Loop.
     bar.update(len(history))
+    figures = alone and importlib.util.find_spec("matplotlib")
+    pictured = figures and settings.engine == "built-in"
     picture = None
     while len(history) < settings.steps:
         step = len(history) + 1
@@ -906,8 +904,7 @@ def train(settings, built: tuple, folder: Path, resume: bool, bar: tqdm, alone: 
         def reward(rollout: pr2_mini.Rollout) -> Tensor:
             return judge(task, rl, asked, rollout)[1]  # noqa: B023, called before the next batch
 
-        figures = alone and importlib.util.find_spec("matplotlib")
-        if figures and settings.engine == "built-in" and step == settings.steps:
+        if pictured and step == settings.steps:
             picture = record_routes(model, engine, optimizer, rl, task, examples)
         metrics = pr2_mini.rl_step(
             model,
