@@ -71,8 +71,7 @@ def table(names, *rows):
 def tiny_config(**changes):
     settings = {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8}
     settings.update(moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2)
-    settings.update(changes)
-    return pr2_mini.ModelConfig(**settings)
+    return pr2_mini.ModelConfig(**(settings | changes))
 
 
 def tiny_model(**changes):
@@ -118,10 +117,7 @@ def close(actual, expected, tolerance=1e-5):
 
 def same_bits(some, others):
     """Of two dictionaries of tensors."""
-    assert some.keys() == others.keys()
-    for name, tensor in some.items():
-        assert tensor.dtype == others[name].dtype, name
-        assert torch.equal(tensor, others[name]), name
+    torch.testing.assert_close(some, others, rtol=0, atol=0)
 
 
 def gradients(model, tokens, **forward):
@@ -210,33 +206,21 @@ def test_forced_set_whose_probabilities_underflow_is_renormalised():
 
 
 @table(
-    ("kind", "expected"),  # KL((3/4, 1/4) || (1/2, 1/2)) and KL((9/10, 1/10) || (3/4, 1/4))
-    ("post", 0.75 * math.log(1.5) + 0.25 * math.log(0.5)),
-    ("delta", 0.9 * math.log(1.2) + 0.1 * math.log(0.4)),
+    ("kind", "expected", "slope"),
+    # KL((3/4, 1/4) || (1/2, 1/2)) and KL((9/10, 1/10) || (3/4, 1/4))
+    ("post", 0.75 * math.log(1.5) + 0.25 * math.log(0.5), 6 * (1 / 2 - 3 / 4)),
+    ("delta", 0.9 * math.log(1.2) + 0.1 * math.log(0.4), 6 * (3 / 4 - 9 / 10)),
 )
-def test_predictor_loss_is_the_sum_of_a_hand_computed_example(kind, expected):
+def test_predictor_loss_and_gradient_are_those_of_a_hand_computed_example(kind, expected, slope):
     log_3 = math.log(3)
     inputs = torch.tensor([2.0]).expand(2, 3, 1)  # two layers, three tokens, D = 1, N = 2
-    weight = torch.tensor([[log_3 / 2], [0.0]]).expand(2, 2, 1)  # b = (ln 3, 0)
+    weight = torch.tensor([[log_3 / 2], [0.0]]).repeat(2, 1, 1).requires_grad_()  # b = (ln 3, 0)
     old_logits = torch.tensor([0.0, log_3]).expand(2, 3, 2)
-    logits = torch.tensor([log_3, 0.0]).expand(2, 3, 2)
+    logits = torch.tensor([log_3, 0.0]).repeat(2, 3, 1).requires_grad_()
     found = predictor_loss(inputs, old_logits, logits, weight, kind)
-    assert float(found) == pytest.approx(6 * expected, rel=1e-5)
-
-
-@parametrize("kind", ["post", "delta"])
-def test_predictor_gradient_equals_finite_differences_and_reaches_nothing_else(kind):
-    torch.manual_seed(0)
-    inputs = torch.randn(2, 5, 4)
-    old_logits = torch.randn(2, 5, 8)
-    logits = torch.randn(2, 5, 8, requires_grad=True)
-    weight = torch.randn(2, 8, 4, requires_grad=True)
-    step = 1e-2 * torch.randn(2, 8, 4)
-    above = predictor_loss(inputs, old_logits, logits, weight + step, kind)
-    below = predictor_loss(inputs, old_logits, logits, weight - step, kind)
-    predictor_loss(inputs, old_logits, logits, weight, kind).backward()
-    rise = float((weight.grad * 2 * step).sum())
-    assert rise == pytest.approx((above - below).item(), rel=1e-3)  # an error of step squared
+    found.backward()
+    assert found.item() == pytest.approx(6 * expected, rel=1e-5)
+    close(weight.grad, torch.tensor([[slope], [-slope]]).expand(2, 2, 1))
     assert logits.grad is None
 
 
@@ -256,19 +240,6 @@ def test_grouped_experts_equal_a_loop_over_experts():
     found = torch.autograd.grad(output.square().sum(), sources)
     reference = torch.autograd.grad(expected.square().sum(), sources)
     close(found, reference, tolerance=1e-4)  # sums over all tokens, so a few more roundings
-
-
-@parametrize("lengths", [(8, 8), (8, 5, 3)])
-def test_cached_forward_equals_full_forward(lengths, model):
-    tokens, attend = padded_batch(*lengths)
-    full, _ = model(tokens, attend=attend)
-    cache = pr2_mini.Cache(8)
-    parts = []
-    for piece in tokens.split([3, 1, 4], dim=1):
-        seen = None if attend.all() else attend[:, : cache.used + piece.shape[1]]
-        logits, _ = model(piece, attend=seen, cache=cache)
-        parts.append(logits)
-    close(torch.cat(parts, dim=1)[attend], full[attend])
 
 
 @parametrize("qk_norm", ["head", "full", "none"])
@@ -318,26 +289,32 @@ def sample(model, prompts=PROMPTS, new=10, seed=0, eos=EOS, pad=PAD, **options):
     return generate(model, prompts, new, eos=eos, pad=pad, generator=generator, **options)
 
 
-def same_response(rollout, other):
-    """The same real tokens, whatever stands for padding."""
-    assert torch.equal(rollout.attend, other.attend)
-    assert torch.equal(rollout.tokens[rollout.attend], other.tokens[other.attend])
+def beside_forward(model, rollout, horizon, temperature=1.0):
+    """For what share of the tokens a full forward pass takes the same experts, and the largest
+    difference between the log-probabilities."""
+    tokens = rollout.tokens[:, :-1]
+    attend = rollout.attend[:, :-1]
+    start = rollout.prompt_length
+    logits, trace = model(tokens, attend=attend, horizon=horizon)
+    logits = logits[:, start - 1 :] / (temperature or 1.0)
+    expected = -F.cross_entropy(logits.mT, rollout.tokens[:, start:], reduction="none")
+    gaps = rollout.logprobs - expected * rollout.attend[:, start:]
+    live = attend & rollout.attend[:, 1:]
+    same = overlap(rollout.experts, trace.experts)[:, live] == 2
+    return same.float().mean().item(), gaps.abs().max().item()
 
 
 @parametrize("temperature", [1.0, 0.7, 0])
 @parametrize("horizon", [None, 1.0])
-def test_rollout_has_the_routes_and_logprobs_of_a_full_forward(temperature, horizon, model):
-    rollout = sample(model, samples=4, temperature=temperature, horizon=horizon)
-    tokens = rollout.tokens[:, :-1]
+@parametrize("lengths", [(5, 3, 4, 2), (5, 5)])
+def test_rollout_with_its_cache_equals_a_full_forward(temperature, horizon, lengths, model):
+    prompts, _ = padded_batch(*lengths)
+    rollout = sample(model, prompts, samples=4, temperature=temperature, horizon=horizon)
+    share, gap = beside_forward(model, rollout, horizon, temperature)
+    assert share > 0.99  # a tie may fall either way
+    assert gap < 3e-5
     attend = rollout.attend[:, :-1]
-    logits, trace = model(tokens, attend=attend, horizon=horizon)
-    logits = logits[:, -10:] / (temperature or 1.0)
-    expected = -F.cross_entropy(logits.mT, rollout.tokens[:, -10:], reduction="none")
-    close(rollout.logprobs, expected * rollout.attend[:, -10:])
-    live = attend & rollout.attend[:, 1:]
-    same = overlap(rollout.experts, trace.experts) == 2
-    assert same[:, live].float().mean() > 0.99  # a tie may fall either way
-    model(tokens, attend=attend, replay=rollout.experts)  # valid sets at padding too
+    model(rollout.tokens[:, :-1], attend=attend, replay=rollout.experts)  # valid at padding too
 
 
 def test_samples_follow_the_softmax_at_the_temperature(model):
@@ -387,7 +364,9 @@ def test_attend_tells_padding_from_tokens_of_its_id(lengths, token, column, pad,
     prompts[~attend] = token
     prompts[:, column] = token
     given = sample(model, prompts, attend=attend, samples=8)
-    same_response(given, sample(model, prompts, pad=pad, samples=8))
+    other = sample(model, prompts, pad=pad, samples=8)
+    assert torch.equal(given.attend, other.attend)
+    assert torch.equal(given.tokens[given.attend], other.tokens[other.attend])
 
 
 def test_each_prompt_has_its_own_horizon(model):
@@ -477,8 +456,7 @@ def test_importance_weights_of_known_ratios(kind, weights):
 # ------------------------------------------------------------------------------ 5. One RL step
 def tiny_settings(**changes):
     settings = {"samples": 2, "max_new_tokens": 8, "learning_rate": 1e-2, "max_grad_norm": 1e9}
-    settings.update(changes)
-    return pr2_mini.RLConfig(**settings)
+    return pr2_mini.RLConfig(**(settings | changes))
 
 
 def share_of_even_tokens(rollout):
@@ -612,29 +590,20 @@ def test_zero_predictor_or_gain_is_plain_replay_bit_for_bit(methods, predictor, 
 
 @parametrize("predictor", PREDICTORS)
 @parametrize("method", METHODS)
-def test_micro_batches_change_a_step_by_rounding_only(method, predictor):
+def test_micro_batches_bound_a_pass_and_change_a_step_by_rounding_only(method, predictor):
     weights = []
-    for micro_batch in (0, 3):
+    for micro_batch, longest in ((0, 4), (3, 3), (9, 4)):
         model = randomise_predictor(tiny_model())
         config = tiny_settings(method=method, predictor=predictor, micro_batch=micro_batch)
         optimizer = warmed_up(model, config)
         for group in optimizer.param_groups:
             group["eps"] = 1.0  # else Adam makes a full step of the rounding of a zero gradient
             group["lr"] = 1.0
-        run_step(model, config, optimizer)
+        passes = run_step(model, config, optimizer).passes
+        assert max(len(one.tokens) for one in passes) == longest
         weights.append(dict(model.named_parameters()))
     assert (weights[0]["embed.weight"] - tiny_model().embed.weight).abs().max() > 0.01
-    close(weights[1], weights[0], tolerance=1e-4)
-
-
-@parametrize(("micro_batch", "longest"), [(0, 4), (3, 3), (9, 4)])
-def test_passes_take_all_prompts_in_order_in_micro_batches(micro_batch, longest, model):
-    seen = run_step(model, tiny_settings(micro_batch=micro_batch))
-    prompts = [one.tokens[:, :5] for one in seen.passes]
-    assert max(map(len, prompts)) == longest
-    expected = PROMPTS.repeat_interleave(2, dim=0)  # two samples each
-    expected = torch.cat([expected, expected])  # the old pass, and the updates
-    assert torch.equal(torch.cat(prompts), expected)
+    close(weights[1:], [weights[0]] * 2, tolerance=1e-4)
 
 
 def test_predictor_features_are_of_a_share_of_the_tokens(model):
@@ -677,27 +646,14 @@ def test_predictor_trains_on_the_mean_over_its_tokens_from_mini_step_2_on(model)
     close(found[1], torch.autograd.grad(loss, weight)[0])
 
 
-@parametrize(("bad", "skipped"), [(8, 1), (4, 0)])
-def test_update_that_is_not_finite_is_skipped_and_counted(bad, skipped, model):
-    rewards = torch.tensor([1.0, 0.0] * 4)
-    rewards[:bad] = math.nan
-    before = model.embed.weight.detach().clone()
-    metrics = run_step(model, tiny_settings(), reward=lambda _: rewards).metrics
-    assert metrics["skipped/1"] == 1
-    assert metrics["skipped/2"] == skipped
-    assert torch.equal(model.embed.weight, before) == (skipped == 1)
-
-
 # ------------------------------------------------------------------------- 6. What is measured
 @table(
     ("name", "ratio", "advantage", "total"),
     ("agreement", 1.0, 1.0, 3.0),  # (1 + 2/3 + 1/3 + 0 in layer 1, 4 in layer 2) / 2
     ("no_deviation", 1.0, 1.0, 2.5),
     ("deviations_1", 1.0, 1.0, 0.5),
-    ("deviations_2", 1.0, 1.0, 0.5),
     ("deviations_3_or_more", 1.0, 1.0, 0.5),
     ("stale_agreement", 1.0, 1.0, 11 / 3),
-    ("stale_no_deviation", 1.0, 1.0, 3.0),
     ("coverage_gap", 1.0, 1.0, 1.2),  # (0.18 + 0.22 + 0.46 + 0.82 + 4 * 0.18) / 2
     ("stale_kl", 1.0, 1.0, 1.240007),  # 4 * (ln 6 - the entropy of rho)
     ("clipfrac_high", 1.3, 1.0, 1.0),
@@ -831,14 +787,6 @@ def test_reward_is_for_a_right_answer_after_well_formed_sums():
     assert rewards.tolist() == [1.0] * 2 + [0.0] * 9
 
 
-def test_decoding_undoes_encoding_and_prompts_are_padded_on_the_left():
-    task = AdditionTask(3, 99)
-    tokens, attend = task.prompts(["7+5+9=", "12+34+56="])
-    assert task.decode(tokens) == ["___7+5+9=", "12+34+56="]
-    assert attend.sum(1).tolist() == [6, 9] and attend[:, -6:].all()
-    assert task.decode(task.encode(["_034,680._"])) == ["_034,680."]
-
-
 @parametrize("task", [AdditionTask(3, 9), AdditionTask(2, 20), AdditionTask(4, 120)])
 def test_problems_are_sums_of_the_numbers_asked_for_and_fit_with_their_solutions(task):
     problems = task.problems(300, draws())
@@ -859,14 +807,14 @@ def test_an_eighth_of_the_problems_is_held_out_and_never_occurs_in_training():
     assert len(held_out) / 1000 == pytest.approx(1 / 8, abs=0.03)
 
 
-@parametrize(("slip", "right"), [(0.0, 1.0), (0.25, 0.75), (1.0, 0.0)])
-def test_slips_make_solutions_wrong(slip, right):
+@parametrize("slip", [0.0, 0.25, 1.0])
+def test_slips_make_solutions_wrong(slip):
     task = AdditionTask(2, 20)  # one sum
     problems = task.problems(1000, draws())
     generator = draws(1)
     solutions = [task.solve(problem, slip, generator) for problem in problems]
-    rewards = task.rewards(problems, solutions)
-    assert rewards.mean().item() == pytest.approx(right, abs=0.07 * (slip > 0))
+    right = task.rewards(problems, solutions).mean().item()
+    assert right == pytest.approx(1 - slip, abs=0.07 * (slip > 0))
 
 
 # --------------------------------------------------------------------------- 9. Real checkpoints
@@ -889,9 +837,8 @@ def hf_model(kind, folder, **changes):
     settings.update(max_position_embeddings=64, eos_token_id=[1, 2], pad_token_id=0)
     if kind == "qwen3_moe":
         settings.update(moe_intermediate_size=16, head_dim=16, norm_topk_prob=True)
-    settings.update(changes)
     torch.manual_seed(0)
-    hf_config = transformers.AutoConfig.for_model(kind, **settings)
+    hf_config = transformers.AutoConfig.for_model(kind, **(settings | changes))
     model = transformers.AutoModelForCausalLM.from_config(hf_config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:  # 1 everywhere would hide a norm that is left out
@@ -901,8 +848,7 @@ def hf_model(kind, folder, **changes):
 
 
 def edit_json(path, name, value):
-    content = json.loads(path.read_text())
-    content[name] = value
+    content = json.loads(path.read_text()) | {name: value}
     path.write_text(json.dumps(content))
 
 
@@ -1075,8 +1021,8 @@ SMALL = (
 )
 
 
-def toy(flags, figures=False):
-    """`python train_toy.py FLAGS` in this process: exit code, output and errors."""
+def toy(flags, code=0, figures=False):
+    """What `python train_toy.py FLAGS`, in this process, prints until it ends with the code."""
     output = io.StringIO()
     errors = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
@@ -1084,17 +1030,16 @@ def toy(flags, figures=False):
             patch.setitem(sys.modules, "matplotlib", None)
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             try:
-                code = train_toy.main(flags.split())
-            except SystemExit as stop:  # of argparse, or of die_after
-                code = stop.code
-    return SimpleNamespace(code=code, output=output.getvalue(), errors=errors.getvalue())
+                found = train_toy.main(flags.split())
+            except SystemExit as stop:  # of argparse
+                found = stop.code
+    assert found == code, errors.getvalue()
+    return SimpleNamespace(output=output.getvalue(), errors=errors.getvalue())
 
 
 def refusal(flags):
     """The sentence with which the command refuses."""
-    done = toy(flags)
-    assert done.code == 2
-    return re.findall("error: .*", done.errors)[-1]
+    return re.findall("error: .*", toy(flags, code=2).errors)[-1]
 
 
 def settings_of(flags):
@@ -1119,7 +1064,6 @@ def finished(base, tmp_path_factory):
     """An uninterrupted run of 10 rollout batches."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     done = toy(f"{base} --steps 10 --out {folder}", figures=True)
-    assert done.code == 0
     return SimpleNamespace(folder=folder, output=done.output)
 
 
@@ -1161,7 +1105,6 @@ def same_run(folder, other):
 @table(
     ("flags", "message"),
     ("--method ppo", "argument --method: invalid choice: 'ppo'"),
-    ("--seed one", "argument --seed: invalid int value: 'one'"),
     ("--meth r3", "unrecognized arguments: --meth r3"),
     ("--steps 0", "steps 0; expected a number of at least 1"),
     ("--seed -1", "seed -1; expected a number of at least 0"),
@@ -1172,22 +1115,18 @@ def same_run(folder, other):
     ("--compare pr2:out=run", 'has "out", which is not a setting'),
     ("--compare pr2:seed=1", "changes seed, which is no setting of a variant"),
     ("--compare pr2:alpha=1e999", "alpha inf; expected"),
-    ("--compare pr2:beta=1", 'has "beta", which is not a setting'),
     ("--compare pr2 pr2:alpha=2", "names pr2:alpha=2 twice"),
     ("--compare r3 --method r2", "takes methods as variants, not as --method"),
     ("--compare r3 --resume run", "goes on by itself"),
     ("--engine vllm", "--engine vllm needs --checkpoint"),
     ("--engine vllm --checkpoint x --rollout-dtype fp8", "rolls out in fp32 or bf16"),
+    ("--benchmark --device tpu", 'device "tpu" is not available'),
     ("--benchmark --checkpoint x", "--benchmark times the toy; leave out --checkpoint"),
 )
 def test_bad_flag_is_refused_before_anything_is_written(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in refusal(flags)
     assert not any(tmp_path.iterdir())
-
-
-def test_device_that_is_not_there_is_refused(tmp_path):
-    assert 'device "tpu" is not available' in refusal(f"--device tpu --out {tmp_path}")
 
 
 def test_regime_of_compare_is_what_the_readme_says():
@@ -1204,10 +1143,9 @@ def test_every_setting_is_a_flag_with_its_help_and_default(monkeypatch):
         assert re.search(rf"{flag} \S+\s+\w.* \(default: {re.escape(str(field.default))}\)", text)
 
 
-@parametrize("mistake", [lambda: int("seven"), lambda: list(zip([1], [], strict=True))])
-def test_bug_of_a_fork_keeps_its_traceback(mistake, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(AdditionTask, "rewards", lambda *_: mistake())
-    with pytest.raises(ValueError, match=r"invalid literal|zip\(\)") as raised:
+def test_bug_of_a_fork_keeps_its_traceback(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(AdditionTask, "rewards", lambda *_: int("seven"))
+    with pytest.raises(ValueError, match="invalid literal") as raised:
         toy(f"{base} --steps 1 --out {tmp_path}")
     assert raised.type is ValueError  # and not InputError, which is one too
 
@@ -1239,7 +1177,6 @@ def test_last_two_checkpoints_are_kept_and_nothing_half_written(finished):
     kept = {path.name for path in (finished.folder / "checkpoint").iterdir()}
     assert names - {"run.png"} == {"config.json", "metrics.jsonl", "checkpoint"}
     assert kept == {"step-8", "step-10"}
-    assert newest(finished.folder) == "step-10"
 
 
 def test_default_folder_is_new_for_a_run_and_depends_on_all_that_is_compared(tmp_path, monkeypatch):
@@ -1257,7 +1194,6 @@ def test_default_folder_is_new_for_a_run_and_depends_on_all_that_is_compared(tmp
     ("name", "message"),
     ("checkpoint/step-4", "--resume it"),
     ("notes.txt", "notes.txt"),
-    ("metrics.jsonl", "metrics"),
 )
 def test_folder_that_is_not_empty_is_refused_and_left_alone(name, message, base, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -1273,8 +1209,8 @@ def test_folder_that_another_process_holds_is_refused(flags, copied):
         assert f"{copied} belongs to a run that is still going" in refusal(f"{flags} {copied}")
 
 
-def die_after(monkeypatch, owner, name, call):
-    """owner.name ends the process when it has done its work for that time."""
+def killed(flags, owner, name, call):
+    """A run that ends when owner.name has done its work for that time."""
     function = getattr(owner, name)
     calls = []
 
@@ -1285,7 +1221,8 @@ def die_after(monkeypatch, owner, name, call):
             raise SystemExit("killed")
         return result
 
-    monkeypatch.setattr(owner, name, dying)
+    with mock.patch.object(owner, name, dying), pytest.raises(SystemExit, match="killed"):
+        train_toy.main(flags.split())
 
 
 @table(
@@ -1300,14 +1237,12 @@ def die_after(monkeypatch, owner, name, call):
     (pr2_mini, "rl_step", 6, True),
 )
 def test_run_killed_at_any_moment_resumes_to_the_same_bits_or_begins_anew(
-    owner, name, call, begun, base, finished, tmp_path, monkeypatch
+    owner, name, call, begun, base, finished, tmp_path
 ):
     flags = f"{base} --steps 10 --out {tmp_path / 'run'}"
-    die_after(monkeypatch, owner, name, call)
-    assert toy(flags).code == "killed"
-    monkeypatch.undo()
+    killed(flags, owner, name, call)
     assert bool(train_toy.checkpoints_of(tmp_path / "run")) == begun
-    assert toy(f"--resume {tmp_path / 'run'}" if begun else flags).code == 0
+    toy(f"--resume {tmp_path / 'run'}" if begun else flags)
     same_run(tmp_path / "run", finished.folder)
 
 
@@ -1317,8 +1252,7 @@ def test_run_killed_at_any_moment_resumes_to_the_same_bits_or_begins_anew(
 )
 def test_interrupted_run_says_how_to_go_on(owner, name, words, base, tmp_path, monkeypatch):
     monkeypatch.setattr(owner, name, mock.Mock(side_effect=KeyboardInterrupt()))
-    done = toy(f"{base} --steps 2 --out {tmp_path / 'run'}")
-    assert done.code == 130
+    done = toy(f"{base} --steps 2 --out {tmp_path / 'run'}", code=130)
     assert f"\nstopped; {words}" in done.errors
 
 
@@ -1327,7 +1261,6 @@ def test_more_steps_and_other_folders_may_be_given_on_resume_and_no_other_flags(
     with open(copied / "metrics.jsonl", "a") as file:
         file.write('{"step": 11, "rew')  # as a kill in the middle of a line leaves it
     done = toy(f"--resume {copied} --steps 12 --base-dir elsewhere --method pr2")
-    assert done.code == 0
     assert "pip install matplotlib" in done.output
     assert [row["step"] for row in rows(copied)] == list(range(1, 13))
     assert rows(copied)[:10] == rows(finished.folder)
@@ -1345,7 +1278,6 @@ def test_more_steps_and_other_folders_may_be_given_on_resume_and_no_other_flags(
     ("checkpoint/step-10/progress.json", None, "progress.json is missing or damaged"),
     ("checkpoint/step-10/progress.json", '{"before": [], "history": []}', "json is damaged"),
     ("checkpoint/step-10/progress.json", '{"step": 10}', "progress.json is damaged"),
-    ("checkpoint/step-10/.metadata", "torn", "step-10 is damaged or of another model"),
     ("checkpoint/step-10/__0_0.distcp", "torn", "step-10 is damaged or of another model"),
 )
 def test_damaged_piece_of_a_run_is_named(name, content, message, copied):
@@ -1387,7 +1319,7 @@ def test_full_disk_is_called_so(owner, name, error, free, message, copied, monke
     assert message in said
     monkeypatch.undo()
     assert newest(copied) == "step-10"
-    assert toy(f"--resume {copied}").code == 0
+    toy(f"--resume {copied}")
 
 
 # --------------------------------------------------------------------------------- 4. Base model
@@ -1418,21 +1350,20 @@ def test_truncated_base_model_is_refused_by_name(base, tmp_path):
 def test_rl_improves_the_reward(base, tmp_path):
     """A batch's reward has a standard error of about 0.04, a mean of 5 of 0.02; 0.05 is asked."""
     flags = base.replace("--prompts 4", "--prompts 16").replace("--save-every 4", "--save-every 99")
-    assert toy(f"{flags} --steps 50 --out {tmp_path / 'run'}").code == 0
+    toy(f"{flags} --steps 50 --out {tmp_path / 'run'}")
     rewards = [row["reward"] for row in rows(tmp_path / "run")]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.05
 
 
 def test_run_whose_last_update_is_skipped_says_so_and_fails(base, tmp_path):
-    done = toy(f"{base} --steps 3 --learning-rate 1e38 --out {tmp_path}")
+    done = toy(f"{base} --steps 3 --learning-rate 1e38 --out {tmp_path}", code=1)
     skipped = [row["skipped/1"] + row["skipped/2"] for row in rows(tmp_path)]
-    assert done.code == 1
     assert f"{sum(skipped):.0f} updates were not finite and were skipped" in done.errors
     assert skipped[-1] > 0
     assert done.errors.endswith("the checkpoint kept is step-0\n")
 
 
-def test_run_that_recovers_says_how_many_updates_were_skipped(base, tmp_path, monkeypatch):
+def test_run_goes_on_after_updates_that_were_skipped_and_counts_them(base, tmp_path, monkeypatch):
     factors = iter([math.nan])  # of the first rollout batch's rewards
 
     def rewards(_, problems, responses):
@@ -1441,7 +1372,6 @@ def test_run_that_recovers_says_how_many_updates_were_skipped(base, tmp_path, mo
 
     monkeypatch.setattr(AdditionTask, "rewards", rewards)
     done = toy(f"{base} --steps 2 --out {tmp_path}")
-    assert done.code == 0
     assert done.errors.endswith("\n2 updates were not finite and were skipped\n")
     assert newest(tmp_path) == "step-2"
     assert [row["reward"] is None for row in rows(tmp_path)] == [True, False]
@@ -1457,7 +1387,6 @@ def compared(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared") / "all"
     flags = f"--compare {' '.join(COMPARED)} --seeds 2 --steps 3 {base}"
     done = toy(f"{flags} --out {folder}", figures=True)
-    assert done.code == 0
     return SimpleNamespace(folder=folder, flags=flags, output=done.output)
 
 
@@ -1492,9 +1421,7 @@ def test_finished_comparison_is_summed_up_again_without_training(compared, monke
     for folder in compared.folder.glob("r3-*"):  # killed while the checkpoint was removed
         (folder / "checkpoint.partial" / "step-3").mkdir(parents=True)
     monkeypatch.setattr(train_toy, "train", mock.Mock(side_effect=AssertionError()))
-    done = toy(f"{compared.flags} --out {compared.folder}")
-    assert done.code == 0
-    assert "pip install matplotlib" in done.output
+    toy(f"{compared.flags} --out {compared.folder}")
     assert (compared.folder / "compare.json").read_text() == numbers
 
 
@@ -1507,13 +1434,11 @@ def test_damaged_metrics_of_a_finished_run_are_named(content, compared, tmp_path
     assert message in refusal(f"{compared.flags} --out {folder}")
 
 
-def test_comparison_that_was_killed_goes_on_where_it_was(compared, tmp_path, monkeypatch):
+def test_comparison_that_was_killed_goes_on_where_it_was(compared, tmp_path):
     flags = f"{compared.flags} --out {tmp_path}"
-    die_after(monkeypatch, pr2_mini, "rl_step", call=5)
-    assert toy(flags).code == "killed"
-    monkeypatch.undo()
+    killed(flags, pr2_mini, "rl_step", call=5)
     before = times(tmp_path)
-    assert toy(flags).code == 0
+    toy(flags)
     after = times(tmp_path)
     assert [after[name] == before[name] for name in sorted(before)] == [False, True]  # pr2, r3
     for name in after:
@@ -1547,11 +1472,9 @@ def test_summary_settles_after_ten_batches_and_takes_the_last_ten_rewards(finish
 
 def test_table_has_means_and_students_intervals_of_paired_differences():
     r3 = [{"reward": reward, "removed/2": 0.0, "KL": 1.0} for reward in (1.0, 3.0)]
-    pr2 = [
-        {"reward": 3.0, "removed/2": 10.0, "KL": None},
-        {"reward": 5.0, "removed/2": 30.0, "KL": 1.0},
-    ]
-    table = train_toy.table_of({"r3": r3, "pr2": pr2})
+    first = {"reward": 3.0, "removed/2": 10.0, "KL": None}
+    second = {"reward": 5.0, "removed/2": 30.0, "KL": 1.0}
+    table = train_toy.table_of({"r3": r3, "pr2": [first, second]})
     assert table["r3"]["reward"] == pytest.approx([2.0, 12.71])  # of the mean: sqrt 2 / sqrt 2
     assert table["pr2"]["reward"] == [4.0, 0.0]  # the differences are 2 and 2
     assert table["pr2"]["removed/2"] == pytest.approx([20.0, 127.1])  # a difference already
@@ -1626,8 +1549,7 @@ def save_tokenizer(folder, template=TEMPLATE, limits=False, **changes):
         inner.enable_truncation(max_length=9)
         inner.enable_padding(length=99, pad_id=0, pad_token="<pad>")
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "additional_special_tokens": SPECIAL}
-    names.update(changes)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **(names | changes))
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
 
@@ -1757,7 +1679,6 @@ def test_bad_line_is_named_by_its_number(line, words, tmp_path):
 @table(
     ("changes", "flags", "message"),
     ({}, "--data nowhere", "--checkpoint needs --data, a JSON-lines file"),
-    ({}, "--data /dev/null", "--checkpoint needs --data, a JSON-lines file"),
     ({}, "--checkpoint /nowhere", "/nowhere holds no config.json; expected a Hugging Face"),
     ({}, "", "exceed the model's 256 positions; lower --max-new-tokens"),
     ({}, "--prompt-length 5", "0 questions to train on and 0 held out"),
@@ -1866,31 +1787,42 @@ def train_together(case):
     return seen
 
 
+def whole_and_killed(folder, flags, call):
+    """What each of two processes does: a whole run, and another in which the second of them dies
+    at a call of rl_step, and the first with it. Not by `toy`: vLLM wants a real output."""
+    dist.destroy_process_group = lambda: None  # one group is enough for all runs of a process
+    assert train_toy.main(f"{flags} --out {folder}/whole".split()) == 0
+    if train_toy.RANK == 1:
+        killed(f"{flags} --out {folder}/killed", pr2_mini, "rl_step", call)
+    else:
+        train_toy.main(f"{flags} --out {folder}/killed".split())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def worker(folder, base, words):
     """What each of the two processes of the fixture `together` does. In the end they die."""
     sys.modules["matplotlib"] = None  # drawing takes longer than the runs
     found = {case: train_together(case) for case in TOGETHER}
     torch.save(found, f"{folder}/{train_toy.RANK}")
-    dist.destroy_process_group = lambda: None  # one group is enough for all that follows
-    assert toy(f"{base} --steps 8 --out {folder}/whole").code == 0
+    dist.destroy_process_group = lambda: None
     rates = "--learning-rate 1e-3 --alpha 10 --router-multiplier 5"
     sizes = "--prompts 8 --samples 4 --steps 2 --max-new-tokens 4"
     for method, predictor in EVERY_METHOD:
         run = f"{words} {rates} {sizes} --method {method} --predictor {predictor}"
-        assert toy(f"{run} --out {folder}/{method}-{predictor}").code == 0
-    if train_toy.RANK == 1:
-        die_after(pytest.MonkeyPatch(), pr2_mini, "rl_step", call=6)
-    toy(f"{base} --steps 8 --out {folder}/killed")
-    os.kill(os.getpid(), signal.SIGKILL)
+        toy(f"{run} --out {folder}/{method}-{predictor}")
+    whole_and_killed(folder, f"{base} --steps 8", call=6)
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def launch(*command):
-    """The finished command, with one thread as here: another number would sum in another order."""
+def launch(*command, dies=False):
+    """Runs a command that succeeds, unless it dies. It has one thread, as here: another number
+    would sum in another order."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=HERE, env=environment, text=True, capture_output=True)
+    done = subprocess.run(command, cwd=HERE, env=environment, text=True, capture_output=True)
+    assert (done.returncode != 0) == dies, done.stderr
+    print(done.stderr)
 
 
 def call_of(function, *arguments):
@@ -1904,9 +1836,8 @@ def together(base, words, tmp_path_factory):
     """The folder in which two processes have worked until one of them was killed, what the two
     found in every case, and what one process finds."""
     folder = tmp_path_factory.mktemp("together")
-    done = launch(*TORCHRUN, "--no-python", *call_of(worker, str(folder), base, words))
-    assert (folder / "killed").exists(), done.stderr
-    assert done.returncode != 0
+    launch(*TORCHRUN, "--no-python", *call_of(worker, str(folder), base, words), dies=True)
+    assert (folder / "killed").exists()
     ranks = [torch.load(folder / str(rank), weights_only=False) for rank in range(2)]
     single = {case: train_together(case) for case in TOGETHER}
     return SimpleNamespace(folder=folder, ranks=ranks, single=single)
@@ -1924,14 +1855,13 @@ def test_two_processes_train_as_one_does(case, together):
         assert found.sharded == [name for name in single.weights if ".router." not in name]
         for row, expected in zip(found.metrics, single.metrics, strict=True):
             assert row == pytest.approx(expected, rel=1e-3, abs=1e-5, nan_ok=True)
-            assert row["skipped/2"] == (case == "not finite")
+            assert [row["skipped/1"], row["skipped/2"]] == [0, case == "not finite"]
 
 
 def test_killed_job_resumes_to_the_same_bits_on_as_many_processes(together, tmp_path):
     folder = shutil.copytree(together.folder / "killed", tmp_path / "run")
     assert newest(folder) == "step-4"
-    done = launch(*TORCHRUN, train_toy.__file__, "--resume", str(folder))
-    assert done.returncode == 0, done.stderr
+    launch(*TORCHRUN, train_toy.__file__, "--resume", str(folder))
     same_run(folder, together.folder / "whole")
 
 
@@ -1978,7 +1908,6 @@ def test_job_goes_on_in_one_process_with_moved_files(together, words, tmp_path):
     moved = shutil.copytree(Path(words.split()[3]).parent, tmp_path / "moved")
     flags = f"--checkpoint {moved / 'model'} --data {moved / 'sums.jsonl'}"
     done = toy(f"--resume {folder} --steps 3 {flags}")
-    assert done.code == 0
     assert f"wrote             {folder / 'model-3'}" in done.output
     assert rows(folder)[:2] == rows(together.folder / "pr2-learned")
 
@@ -2014,17 +1943,10 @@ def use_vllm(kind, folder):
         for horizon in (None, torch.tensor([0.0, 1.0, 0.0, 1.0])):
             rollout = engine.rollout(model, tokens, attend, horizon, draws())
             m = None if horizon is None else horizon.repeat_interleave(2)
-            real = rollout.attend[:, :-1]
-            logits, trace = model(rollout.tokens[:, :-1], attend=real, horizon=m)
-            after = rollout.attend[:, 1:] & real  # every token but the last
-            same = overlap(trace.experts, rollout.experts)[:, after] == 2
-            found["sets"].append(same.float().mean().item())
-            log_p = logits[:, 4:].log_softmax(-1)
-            expected = log_p.gather(-1, rollout.tokens[:, 5:, None]).squeeze(-1)
-            written = rollout.attend[:, 5:]
-            gap = (rollout.logprobs - expected.masked_fill(~written, 0.0)).abs().max()
-            found["gaps"].append(gap.item())
-            found["lengths"] += written.sum(1).tolist()
+            share, gap = beside_forward(model, rollout, m)
+            found["sets"].append(share)
+            found["gaps"].append(gap)
+            found["lengths"] += rollout.attend[:, 5:].sum(1).tolist()
         for parameter in model.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
     (folder / "found.json").write_text(json.dumps(found))
@@ -2033,8 +1955,7 @@ def use_vllm(kind, folder):
 @pytest.fixture(scope="session", params=["qwen3_moe", "olmoe", "mixtral"])
 def vllm_found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    done = launch(*call_of(use_vllm, request.param, str(folder)))
-    assert done.returncode == 0, done.stderr
+    launch(*call_of(use_vllm, request.param, str(folder)))
     return json.loads((folder / "found.json").read_text())
 
 
@@ -2054,25 +1975,13 @@ def test_rl_step_on_the_routes_of_vllm(method, vllm_found):
     assert metrics["skipped/2"] == 0.0 and metrics["grad_norm/2"] > 0.0
 
 
-def train_with_vllm(folder, flags):
-    """What each of two processes does: a whole run, and another in which one of them dies."""
-    dist.destroy_process_group = lambda: None  # one group is enough for both
-    assert train_toy.main(f"{flags} --out {folder}/whole".split()) == 0
-    if train_toy.RANK == 1:
-        die_after(pytest.MonkeyPatch(), pr2_mini, "rl_step", call=2)
-    with contextlib.suppress(SystemExit):
-        train_toy.main(f"{flags} --out {folder}/killed".split())
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 @needs_vllm
 def test_job_with_vllm_resumes_to_the_same_bits(words, tmp_path):
     flags = f"{words} {VLLM} --max-new-tokens 4 --predictor momentum --steps 3 --save-every 1"
-    done = launch(*TORCHRUN, "--no-python", *call_of(train_with_vllm, str(tmp_path), flags))
-    assert (tmp_path / "killed").exists(), done.stderr
+    call = call_of(whole_and_killed, str(tmp_path), flags, 2)
+    launch(*TORCHRUN, "--no-python", *call, dies=True)
     assert newest(tmp_path / "killed") == "step-1"
-    done = launch(*TORCHRUN, train_toy.__file__, "--resume", str(tmp_path / "killed"))
-    assert done.returncode == 0, done.stderr
+    launch(*TORCHRUN, train_toy.__file__, "--resume", str(tmp_path / "killed"))
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     assert all(row["reward"] > 0.1 for row in rows(tmp_path / "whole"))
 
@@ -2086,6 +1995,6 @@ def test_metrics_are_tracked_without_a_network(package, base, tmp_path, monkeypa
         monkeypatch.setenv(name, str(tracked))
     monkeypatch.setenv("WANDB_MODE", "offline")
     tracked.mkdir()
-    assert toy(f"{base} --track {package} --steps 2 --out {tmp_path / 'run'}").code == 0
+    toy(f"{base} --track {package} --steps 2 --out {tmp_path / 'run'}")
     written = [path.read_bytes() for path in tracked.rglob("*") if path.is_file()]
     assert any(b"stale_agreement/2" in content for content in written)

@@ -1120,24 +1120,27 @@ def compare(given: dict, variants: list[str], seeds: int, out: str) -> int:
             "--compare takes methods as variants, not as --method, and --seeds above 0"
         )
     variants = variants or list(typing.get_args(RLConfig.__annotations__["method"]))
+    changes = {variant: parse_variant(variant) for variant in variants}
     first = given.get("seed", 0)
     runs = {}
     for seed in range(first, first + seeds):
         for variant in variants:
-            values = {**given, **parse_variant(variant), "seed": seed}
+            values = {**given, **changes[variant], "seed": seed}
             defaults = {"steps": 60} if values.get("checkpoint") else COMPARE_DEFAULTS
             settings = make_settings({**defaults, **values})
+            if seed == first:
+                build_task(settings)  # refuses what does not fit before anything is written
             name = f"{settings.method}-seed{seed}-{digest(as_dict(settings))}"
             if name in runs:
                 raise InputError(f"--compare names {variant} twice")
-            runs[name] = (variant, settings, build_task(settings))
+            runs[name] = (variant, settings)
     folder = Path(out or f"runs/compare-{digest([given, variants, seeds])}")
     with claim(folder):
         histories = {variant: [] for variant in variants}
-        with tqdm(total=sum(settings.steps for _, settings, _ in runs.values())) as bar:
-            for name, (variant, settings, built) in runs.items():
+        with tqdm(total=sum(settings.steps for _, settings in runs.values())) as bar:
+            for name, (variant, settings) in runs.items():
                 bar.set_description(name)
-                histories[variant].append(run_of_comparison(settings, built, folder / name, bar))
+                histories[variant].append(run_of_comparison(settings, folder / name, bar))
         columns = {variant: [summary(run) for run in runs] for variant, runs in histories.items()}
         table = table_of(columns)
         result = {"given": given, "seeds": seeds, "table": table, "runs": columns}
@@ -1151,7 +1154,7 @@ def compare(given: dict, variants: list[str], seeds: int, out: str) -> int:
     return 0
 
 
-def run_of_comparison(settings: Settings, built: tuple, folder: Path, bar: tqdm) -> list[dict]:
+def run_of_comparison(settings: Settings, folder: Path, bar: tqdm) -> list[dict]:
     """A run's rows. A finished one has metrics and, to save space, no checkpoint."""
     log = folder / "metrics.jsonl"
     unfinished = bool(checkpoints_of(folder))
@@ -1159,6 +1162,7 @@ def run_of_comparison(settings: Settings, built: tuple, folder: Path, bar: tqdm)
         bar.update(settings.steps)
         return read_metrics(log, settings.steps)
     with claim(folder):
+        built = build_task(settings)
         history = train(settings, built, folder, unfinished, bar, alone=False)
         done = folder / "checkpoint.partial"
         (folder / "checkpoint").rename(done)  # finished, from here on
