@@ -672,7 +672,7 @@ class RLConfig:
     micro_batch: int = 0  # most responses in one forward pass, 0 = a whole mini-step
     learning_rate: float = 2e-4  # of the policy
     router_multiplier: float = 1.0  # learning rate of the routers W over the policy's (ours)
-    beta1: float = 0.9  # of Adam
+    beta1: float = 0.9  # of Adam; drift is slower and easier to predict with 0.98
     max_grad_norm: float = 1.0  # of the policy, and of the predictors
 
     def __post_init__(self):

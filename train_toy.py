@@ -99,13 +99,19 @@ CHECKPOINT_DEFAULTS = {
     "rollout_dtype": "bf16",
     "micro_batch": 8,
 }
-# Other defaults with --compare: fast routers on few sums. They drift as far as the paper's do.
+# Other defaults with --compare: a regime where replay changes what is learned, with one expert a
+# token, coarse rollouts, fast routers and few sums.
 COMPARE_DEFAULTS = {
     "largest": 9,
     "slip": 0.35,
     "warm_up": 300,
-    "router_multiplier": 50.0,
-    "steps": 60,
+    "experts": 16,
+    "expert_width": 64,
+    "experts_per_token": 1,
+    "rollout_dtype": "fp8",
+    "mini_steps": 8,
+    "router_multiplier": 30.0,
+    "steps": 100,
 }
 MAY_CHANGE = ("steps", "device", "base_dir", "checkpoint", "data", "track")  # when a run is resumed
 AT_LEAST_ONE = (
@@ -1126,7 +1132,7 @@ def compare(given: dict, variants: list[str], seeds: int, out: str) -> int:
     for seed in range(first, first + seeds):
         for variant in variants:
             values = {**given, **changes[variant], "seed": seed}
-            defaults = {"steps": 60} if values.get("checkpoint") else COMPARE_DEFAULTS
+            defaults = {"steps": 100} if values.get("checkpoint") else COMPARE_DEFAULTS
             settings = make_settings({**defaults, **values})
             if seed == first:
                 build_task(settings)  # refuses what does not fit before anything is written
@@ -1177,6 +1183,7 @@ def summary(history: list[dict]) -> dict[str, float | None]:
     settled = history[10:] or history
     columns = {
         "reward": mean_of(history[-10:], "reward"),
+        "reward, second half": mean_of(history[len(history) // 2 :], "reward"),
         "held-out accuracy": mean_of(history[-1:], "held_out_accuracy"),
         "greedy accuracy": mean_of(history[-1:], "greedy_accuracy"),
     }
