@@ -71,7 +71,8 @@ def table(names, *rows):
 def tiny_config(**changes):
     settings = {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8}
     settings.update(moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2)
-    return pr2_mini.ModelConfig(**(settings | changes))
+    settings.update(changes)
+    return pr2_mini.ModelConfig(**settings)
 
 
 def tiny_model(**changes):
@@ -456,7 +457,8 @@ def test_importance_weights_of_known_ratios(kind, weights):
 # ------------------------------------------------------------------------------ 5. One RL step
 def tiny_settings(**changes):
     settings = {"samples": 2, "max_new_tokens": 8, "learning_rate": 1e-2, "max_grad_norm": 1e9}
-    return pr2_mini.RLConfig(**(settings | changes))
+    settings.update(changes)
+    return pr2_mini.RLConfig(**settings)
 
 
 def share_of_even_tokens(rollout):
@@ -550,8 +552,8 @@ def test_optimizer_has_each_parameter_once_in_the_group_with_its_rate(tie):
 def test_experts_of_each_pass(method, rollout_m, old_m, old_replay, update_replay, model):
     seen = run_step(model, tiny_settings(method=method, mini_steps=1))
     old, update = seen.passes
-    recorded = {"rollout": seen.rollout.experts[:, :, : old.tokens.shape[1]]}
-    recorded["old pass"] = old.experts
+    rolled = seen.rollout.experts[:, :, : old.tokens.shape[1]]
+    recorded = {"rollout": rolled, "old pass": old.experts}
     for step in seen.engine_passes:
         m = step.given["horizon"]
         assert m is None if rollout_m is None else (m == rollout_m).all()
@@ -694,9 +696,8 @@ def test_only_engines_that_compute_alike_match(method, dtype, model):
     config = tiny_settings(method=method, rollout_dtype=dtype, temperature=0.7)
     metrics = run_step(model, config).metrics
     alike = dtype == "fp32" and method not in PREDICTING
-    assert (metrics["mismatch_route"] == 0) == alike
-    assert (metrics["mismatch_token"] == 0) == alike
-    assert (metrics["mismatch_logprob"] < 1e-5) == alike
+    small = [metrics[f"mismatch_{name}"] < 1e-5 for name in ("route", "token", "logprob")]
+    assert small == [alike] * 3
     assert metrics["stale_agreement/1"] == metrics["stale_no_deviation/1"] == 1
     assert metrics["stale_agreement/2"] < 1
 
@@ -705,11 +706,9 @@ def test_rewards_and_responses_of_a_known_rollout():
     tokens = torch.tensor([[EOS, 5, 12, PAD], [EOS, 5, 6, 7]])  # after prompts of one token
     rollout = pr2_mini.Rollout(tokens, tokens != PAD, None, None, prompt_length=1)
     rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
-    config = tiny_settings(eos=[EOS, 12])
-    metrics = pr2_mini.measure_rollout(rollout, rewards, config, {})
-    assert metrics["reward"] == 0.75
+    metrics = pr2_mini.measure_rollout(rollout, rewards, tiny_settings(eos=[EOS, 12]), {})
+    assert [metrics["reward"], metrics["response_length"]] == [0.75, 2.5]
     assert metrics["zero_variance"] == metrics["truncated"] == 0.5
-    assert metrics["response_length"] == 2.5
 
 
 # ---------------------------------------------- 7. Ours: a predictor that reads Adam's momentum
@@ -792,8 +791,7 @@ def test_problems_are_sums_of_the_numbers_asked_for_and_fit_with_their_solutions
     problems = task.problems(300, draws())
     numbers = [list(map(int, text.rstrip("=").split("+"))) for text in problems]
     assert {len(row) for row in numbers} == {task.operands}
-    assert min(map(min, numbers)) == 0
-    assert max(map(max, numbers)) == task.largest
+    assert [min(map(min, numbers)), max(map(max, numbers))] == [0, task.largest]
     longest = "+".join([str(task.largest)] * task.operands) + "="
     assert len(longest) == task.prompt_length
     for seed in range(20):
@@ -837,8 +835,9 @@ def hf_model(kind, folder, **changes):
     settings.update(max_position_embeddings=64, eos_token_id=[1, 2], pad_token_id=0)
     if kind == "qwen3_moe":
         settings.update(moe_intermediate_size=16, head_dim=16, norm_topk_prob=True)
+    settings.update(changes)
     torch.manual_seed(0)
-    hf_config = transformers.AutoConfig.for_model(kind, **(settings | changes))
+    hf_config = transformers.AutoConfig.for_model(kind, **settings)
     model = transformers.AutoModelForCausalLM.from_config(hf_config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:  # 1 everywhere would hide a norm that is left out
@@ -1549,7 +1548,8 @@ def save_tokenizer(folder, template=TEMPLATE, limits=False, **changes):
         inner.enable_truncation(max_length=9)
         inner.enable_padding(length=99, pad_id=0, pad_token="<pad>")
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "additional_special_tokens": SPECIAL}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **(names | changes))
+    names.update(changes)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
 
