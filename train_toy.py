@@ -1132,7 +1132,9 @@ def compare(given: dict, variants: list[str], seeds: int, out: str) -> int:
     for seed in range(first, first + seeds):
         for variant in variants:
             values = {**given, **changes[variant], "seed": seed}
-            defaults = {"steps": 100} if values.get("checkpoint") else COMPARE_DEFAULTS
+            defaults = COMPARE_DEFAULTS
+            if values.get("checkpoint"):  # the others shape the toy
+                defaults = {"steps": COMPARE_DEFAULTS["steps"]}
             settings = make_settings({**defaults, **values})
             if seed == first:
                 build_task(settings)  # refuses what does not fit before anything is written
