@@ -1006,7 +1006,9 @@ def measure(batch: Batch, log_ratio, loss_log_ratio, router_logits, config) -> d
     replayed = at_response(batch.recorded, batch.mask)
     same = overlap(replayed, current)
     stale_same = overlap(batch.stale, current)
-    inside = router_logits.softmax(-1).gather(-1, replayed.long()).sum(-1)
+    rho = router_logits.softmax(-1)
+    inside = rho.gather(-1, replayed.long()).sum(-1)
+    best = rho.gather(-1, current).sum(-1)
     by_layer = {
         "agreement": same / k,  # slots without deviation
         "no_deviation": same == k,  # sets without deviation
@@ -1016,6 +1018,7 @@ def measure(batch: Batch, log_ratio, loss_log_ratio, router_logits, config) -> d
         "deviations_2": same == k - 2,
         "deviations_3_or_more": same < k - 2,
         "coverage_gap": 1 - inside,  # probability outside of the replayed set
+        "regret": best - inside,  # the paper's: at most sqrt(2 KL(rho_theta || rho_hat))
     }
     if batch.old_logits is not None:
         # KL(rho_theta || rho_old), of the cached tokens in place of all n. The metric
@@ -1023,6 +1026,8 @@ def measure(batch: Batch, log_ratio, loss_log_ratio, router_logits, config) -> d
         moved = kl_divergence(router_logits[:, batch.cached], batch.old_logits)
         by_layer["stale_kl"] = moved / batch.cached.float().mean().clamp(min=1e-9)
     sums = {name: values.float().mean(0).sum() for name, values in by_layer.items()}
+    for layer, values in enumerate(same / k, start=1):
+        sums[f"agreement_layer{layer}"] = values.sum()
     low, high = config.clip
     ratio = bounded_exp(loss_log_ratio)
     # Tokens whose gradient the clip removes.

@@ -70,12 +70,12 @@ class Settings(RLConfig):
     max_new_tokens: int = 0  # longest response, 0 = what the task needs
     router_multiplier: float = 3.0  # learning rate of the routers W over the policy's (ours)
     seed: int = 0  # of the base model and of everything after it
-    steps: int = 220  # rollout batches
-    prompts: int = 64  # per rollout batch
-    operands: int = 3  # numbers in a sum
-    largest: int = 16  # largest number in a sum
-    slip: float = 0.32  # share of the sums in the warm-up's text that are off by one
-    warm_up: int = 800  # steps of the warm-up
+    steps: int = 110  # rollout batches
+    prompts: int = 32  # per rollout batch
+    operands: int = 9  # numbers in a sum
+    largest: int = 4  # largest number in a sum
+    slip: float = 0.1  # share of the sums in the warm-up's text that are off by one
+    warm_up: int = 1000  # steps of the warm-up
     layers: int = 4  # of the toy's model
     experts: int = 32  # N, experts per layer
     expert_width: int = 32  # of one expert
@@ -102,6 +102,8 @@ CHECKPOINT_DEFAULTS = {
 # Other defaults with --compare: a regime where replay changes what is learned, with one expert a
 # token, coarse rollouts, fast routers and few sums.
 COMPARE_DEFAULTS = {
+    "prompts": 64,
+    "operands": 3,
     "largest": 9,
     "slip": 0.35,
     "warm_up": 300,
@@ -393,7 +395,7 @@ def load_checkpoint(folder: Path, model: MoETransformer, tensors: dict) -> dict:
 
 
 # --------------------------------------------------------------------------------- 4. Base model
-BASE_VERSION = 2  # counted up whenever a base model made anew would differ
+BASE_VERSION = 3  # counted up whenever a base model made anew would differ
 
 
 def load_balancing_loss(experts: Tensor, logits: Tensor, real: Tensor) -> Tensor:
@@ -410,7 +412,7 @@ def warm_up(model: MoETransformer, task: AdditionTask, settings: Settings) -> No
     """Supervised training on worked sums with slips, so that RL has something to sharpen.
 
     RL cannot teach a skill that is never sampled, and has nothing to do where every sample is
-    right. A model trained on sums of which a third slip by one can add but often does not."""
+    right. A model trained on sums of which some slip by one can add but often does not."""
     steps = settings.warm_up
     device = model.embed.weight.device
     generator = torch.Generator().manual_seed(settings.seed)
@@ -423,7 +425,7 @@ def warm_up(model: MoETransformer, task: AdditionTask, settings: Settings) -> No
         # A linear ramp, then a cosine down to a twentieth.
         rate = min((step + 1) / 20, 0.525 + 0.475 * math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = 3e-3 * rate
-        problems = task.problems(128, generator)
+        problems = task.problems(max(1, 1536 // width), generator)  # 1536 tokens a step
         texts = [problem + task.solve(problem, settings.slip, generator) for problem in problems]
         tokens = task.encode([text.ljust(width, "_") for text in texts]).to(device)
         lengths = torch.tensor([len(problem) for problem in problems], device=device)
@@ -747,6 +749,7 @@ def drop_packed_experts(model) -> None:
 # ----------------------------------------------------------------------------------- 7. Training
 EVALUATE_EVERY = 10  # rollout batches
 EVALUATED = 256  # held-out problems
+SHOWN = 8  # responses to each of the eight problems that a run prints
 
 
 def generator_for(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
@@ -809,8 +812,8 @@ def build_model(settings: Settings, config: ModelConfig, task, resume: bool, dev
     return model, engine
 
 
-def respond(model, task, rl: RLConfig, problems: list, temperature: float, *key, horizon=None):
-    """A Rollout of one response to each problem, with the random numbers of the key."""
+def respond(model, task, rl: RLConfig, problems: list, temperature: float, *key, **arguments):
+    """A Rollout of the problems, with the random numbers of the key and arguments of `generate`."""
     device = model.routers[0].weight.device
     tokens, attend = task.prompts(problems)
     return pr2_mini.generate(
@@ -821,35 +824,39 @@ def respond(model, task, rl: RLConfig, problems: list, temperature: float, *key,
         pad=rl.pad,
         attend=attend.to(device),
         temperature=temperature,
-        horizon=horizon,
         generator=generator_for(*key, device=device),
+        **arguments,
     )
 
 
 def judge(task, rl: RLConfig, problems: list, rollout: pr2_mini.Rollout) -> tuple[list, Tensor]:
-    """The responses to the problems as texts, and their rewards; without an end it is 0."""
+    """The responses as texts, and their rewards; without an end it is 0. Each of the problems has
+    as many responses as the rollout has for each of its prompts."""
+    samples = len(rollout.tokens) // len(problems)
+    asked = [problem for problem in problems for _ in range(samples)]
     responses = task.decode(rollout.tokens[:, rollout.prompt_length :])
-    rewards = task.rewards(problems, responses)
+    rewards = task.rewards(asked, responses)
     return responses, rewards * rollout.ended(rl.eos).to(rewards.device)
-
-
-def answer(model, task, rl: RLConfig, problems: list, temperature: float) -> tuple[list, Tensor]:
-    """The training model's own responses and their rewards; the same samples for the same model in
-    every call."""
-    rollout = respond(model, task, rl, problems, temperature, "answers", RANK)
-    return judge(task, rl, problems, rollout)
 
 
 def evaluate(model, task, rl: RLConfig) -> dict[str, float]:
     """Accuracy of the training model on problems that are never trained on, shared out over the
-    processes: sampled at temperature 1, and greedy."""
+    processes: sampled at temperature 1, and greedy. The same model samples the same."""
     problems = task.problems(EVALUATED, generator_for("held out"), held_out=True)
     mine = problems[RANK::PROCESSES]
     metrics = {}
     for name, temperature in (("held_out_accuracy", 1.0), ("greedy_accuracy", 0.0)):
-        right = answer(model, task, rl, mine, temperature)[1].sum()
+        rollout = respond(model, task, rl, mine, temperature, "answers", RANK)
+        right = judge(task, rl, mine, rollout)[1].sum()
         metrics[name] = float(pr2_mini.mean_over_processes(right)) * PROCESSES / EVALUATED
     return metrics
+
+
+def show(model, task, rl: RLConfig, problems: list) -> list[list]:
+    """Of SHOWN responses of the training model to each problem one, and how many are right."""
+    rollout = respond(model, task, rl, problems, 1.0, "answers", RANK, samples=SHOWN)
+    responses, rewards = judge(task, rl, problems, rollout)
+    return [responses[::SHOWN], rewards.view(-1, SHOWN).sum(1).int().tolist()]
 
 
 def train(settings, built: tuple, folder: Path, resume: bool, bar: tqdm, alone: bool) -> list[dict]:
@@ -875,8 +882,7 @@ def train(settings, built: tuple, folder: Path, resume: bool, bar: tqdm, alone: 
         if len(progress["before"][0]) != len(examples):
             raise InputError(f"the newest checkpoint in {folder} is of other examples")
     else:
-        responses, right = answer(model, task, rl, examples, 1.0)
-        progress = {"before": [responses, right.tolist()], "history": []}
+        progress = {"before": show(model, task, rl, examples), "history": []}
     history = progress["history"]
     if RANK == 0:  # with the new --steps of a resumed run
         write_file(folder / "config.json", json.dumps(as_dict(settings), indent=2) + "\n")
@@ -904,11 +910,10 @@ def train(settings, built: tuple, folder: Path, resume: bool, bar: tqdm, alone: 
         problems = task.problems(rl.prompts, generator_for("prompts", settings.seed, step))
         rows = torch.arange(rl.prompts).view(rl.mini_steps, PROCESSES, -1)[:, RANK].flatten()
         mine = [problems[row] for row in rows.tolist()]
-        asked = [problem for problem in mine for _ in range(rl.samples)]
         tokens, attend = task.prompts(mine)
 
         def reward(rollout: pr2_mini.Rollout) -> Tensor:
-            return judge(task, rl, asked, rollout)[1]  # noqa: B023, called before the next batch
+            return judge(task, rl, mine, rollout)[1]  # noqa: B023, called before the next batch
 
         if pictured and step == settings.steps:
             picture = record_routes(model, engine, optimizer, rl, task, examples)
@@ -994,7 +999,7 @@ def ending(text: str) -> str:
 def report(settings, folder, model, task, rl, history, examples, before, picture) -> None:
     """The eight problems before and after, the numbers that README.md explains, and the files."""
     texts_before, right_before = before
-    texts_after, right_after = answer(model, task, rl, examples, 1.0)
+    texts_after, right_after = show(model, task, rl, examples)
     exported = export(settings, folder, model, len(history)) if settings.checkpoint else None
     states = None if picture is None else route_states(model, rl, task, picture)
     if RANK > 0:
@@ -1003,10 +1008,10 @@ def report(settings, folder, model, task, rl, history, examples, before, picture
     for i, problem in enumerate(examples):
         line = f"{ending(task.text(problem)):<24} "
         for texts, right in ((texts_before, right_before), (texts_after, right_after)):
-            line += f"{ending(texts[i]):<24} {'right' if right[i] else 'wrong':<7}"
-        print(line)
-    print(f"right before     {sum(right_before):.0f} of {len(examples)}")
-    print(f"right after      {sum(right_after):.0f} of {len(examples)}")
+            line += f"{ending(texts[i]):<24} {right[i]} of {SHOWN}  "
+        print(line.rstrip())
+    print(f"right before     {sum(right_before)} of {SHOWN * len(examples)}")
+    print(f"right after      {sum(right_after)} of {SHOWN * len(examples)}")
     first = history[:10]
     last = history[-10:]
     for name in ("reward", "held_out_accuracy", "greedy_accuracy", "entropy", "truncated"):
@@ -1085,7 +1090,7 @@ STATES = {  # of a set after the last update, and its colour in the picture
 
 @torch.no_grad()
 def route_states(model, rl: RLConfig, task, batch: pr2_mini.Batch) -> tuple[list[str], Tensor]:
-    """The tokens of the picture, 48 at most, and (L, tokens) numbers of STATES."""
+    """The tokens of the longest response, 48 at most, and (L, tokens) numbers of STATES."""
     replay = None if rl.method in ("grpo", "gspo") else batch.recorded
     _, trace = pr2_mini.response_logprobs(model, batch, rl.temperature, replay=replay)
     logits = pr2_mini.at_response(trace.logits, batch.mask)
@@ -1095,7 +1100,9 @@ def route_states(model, rl: RLConfig, task, batch: pr2_mini.Batch) -> tuple[list
     stale = pr2_mini.overlap(batch.stale, current) == k
     states = torch.where(recorded, (~stale).int(), 3 - stale.int())
     tokens = batch.tokens[:, -batch.mask.shape[1] :][batch.mask]
-    return task.decode(tokens[:48, None]), states[:, :48].cpu()
+    response = batch.mask.nonzero()[:, 0]  # which response each of the n tokens belongs to
+    shown = (response == batch.mask.sum(1).argmax()).nonzero().flatten()[:48]
+    return task.decode(tokens[shown, None]), states[:, shown].cpu()
 
 
 # ------------------------------------------------------------------------------- 9. Comparison
@@ -1310,11 +1317,11 @@ def draw_run(plot, history: list[dict], states, path: Path) -> None:
 
 
 def draw_routes(plot, figure, tokens: list[str], states: Tensor) -> None:
-    """Layers down, the tokens of some responses across, a colour for each of STATES."""
+    """Layers down, the tokens of a response across, a colour for each of STATES."""
     grid = figure.subplots()
     colours = plot.matplotlib.colors.ListedColormap(list(STATES.values()))
     grid.pcolormesh(states.tolist(), cmap=colours, vmin=0, vmax=3, edgecolors="white", linewidth=2)
-    grid.set(title="Routes after the last rollout batch's updates", ylabel="layer")
+    grid.set(title="Routes of a response, after the last updates", ylabel="layer")
     ticks = [place + 0.5 for place in range(len(tokens))]
     grid.set_xticks(ticks, tokens, fontfamily="monospace", parse_math=False)
     grid.set_yticks([layer + 0.5 for layer in range(len(states))], range(1, 1 + len(states)))
