@@ -1173,7 +1173,7 @@ def same_run(folder, other):
     ("--steps 0", "steps 0; expected a number of at least 1"),
     ("--seed -1", "seed -1; expected a number of at least 0"),
     ("--prompts 63", "63 prompts do not divide into 2 mini-steps"),
-    ("--operands 1", "1 numbers up to 4 make too few sums"),
+    ("--operands 1", "1 numbers up to 2 make too few sums"),
     ("--max-new-tokens 2043", "2048 positions; lower --max-new-tokens"),
     ("--compare pr2:alpha=big", 'pr2:alpha=big": argument --alpha: invalid float value'),
     ("--compare pr2:out=run", 'has "out", which is not a setting'),
@@ -1196,7 +1196,7 @@ def test_bad_flag_is_refused_before_anything_is_written(flags, message, tmp_path
 
 def test_regime_of_compare_is_what_the_readme_says():
     text = (HERE / "README.md").read_text().replace("\n", " ")
-    (flags,) = re.findall(r"than the default run, `(--largest [^`]+)`", text)
+    (flags,) = re.findall(r"than the default run, `(--operands [^`]+)`", text)
     assert train_toy.parse(flags.split())[1] == train_toy.COMPARE_DEFAULTS
 
 

@@ -70,12 +70,12 @@ class Settings(RLConfig):
     max_new_tokens: int = 0  # longest response, 0 = what the task needs
     router_multiplier: float = 3.0  # learning rate of the routers W over the policy's (ours)
     seed: int = 0  # of the base model and of everything after it
-    steps: int = 110  # rollout batches
-    prompts: int = 32  # per rollout batch
-    operands: int = 9  # numbers in a sum
-    largest: int = 4  # largest number in a sum
-    slip: float = 0.1  # share of the sums in the warm-up's text that are off by one
-    warm_up: int = 1000  # steps of the warm-up
+    steps: int = 60  # rollout batches
+    prompts: int = 64  # per rollout batch
+    operands: int = 11  # numbers in a sum
+    largest: int = 2  # largest number in a sum
+    slip: float = 0.08  # share of the sums in the warm-up's text that are off by one
+    warm_up: int = 400  # steps of the warm-up
     layers: int = 4  # of the toy's model
     experts: int = 32  # N, experts per layer
     expert_width: int = 32  # of one expert
@@ -102,7 +102,6 @@ CHECKPOINT_DEFAULTS = {
 # Other defaults with --compare: a regime where replay changes what is learned, with one expert a
 # token, coarse rollouts, fast routers and few sums.
 COMPARE_DEFAULTS = {
-    "prompts": 64,
     "operands": 3,
     "largest": 9,
     "slip": 0.35,
