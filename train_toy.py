@@ -100,7 +100,7 @@ CHECKPOINT_DEFAULTS = {
     "micro_batch": 8,
 }
 # Other defaults with --compare: a regime where replay changes what is learned, with one expert a
-# token, coarse rollouts, fast routers and few sums.
+# token, coarse rollouts, fast routers and short sums.
 COMPARE_DEFAULTS = {
     "operands": 3,
     "largest": 9,
