@@ -992,7 +992,7 @@ def mean_of(rows: list[dict], name: str) -> float:
 
 
 def ending(text: str) -> str:
-    return " ".join(text.split())[-24:]
+    return " ".join(text.split())[-27:]  # the longest of the default run
 
 
 def report(settings, folder, model, task, rl, history, examples, before, picture) -> None:
@@ -1003,11 +1003,11 @@ def report(settings, folder, model, task, rl, history, examples, before, picture
     states = None if picture is None else route_states(model, rl, task, picture)
     if RANK > 0:
         return
-    print(f"\n{'held-out problem':<24} {'before RL':<32} after RL")
+    print(f"\n{'held-out problem':<27} {'before RL':<35} after RL")
     for i, problem in enumerate(examples):
-        line = f"{ending(task.text(problem)):<24} "
+        line = f"{ending(task.text(problem)):<27} "
         for texts, right in ((texts_before, right_before), (texts_after, right_after)):
-            line += f"{ending(texts[i]):<24} {right[i]} of {SHOWN}  "
+            line += f"{ending(texts[i]):<27} {right[i]} of {SHOWN}  "
         print(line.rstrip())
     print(f"right before     {sum(right_before)} of {SHOWN * len(examples)}")
     print(f"right after      {sum(right_after)} of {SHOWN * len(examples)}")
