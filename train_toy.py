@@ -749,6 +749,7 @@ def drop_packed_experts(model) -> None:
 EVALUATE_EVERY = 10  # rollout batches
 EVALUATED = 256  # held-out problems
 SHOWN = 8  # responses to each of the eight problems that a run prints
+SHOWN_WIDTH = 27  # characters of each text there: the longest response of the default run
 
 
 def generator_for(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
@@ -992,7 +993,7 @@ def mean_of(rows: list[dict], name: str) -> float:
 
 
 def ending(text: str) -> str:
-    return " ".join(text.split())[-27:]  # the longest of the default run
+    return " ".join(text.split())[-SHOWN_WIDTH:].ljust(SHOWN_WIDTH)
 
 
 def report(settings, folder, model, task, rl, history, examples, before, picture) -> None:
@@ -1003,11 +1004,11 @@ def report(settings, folder, model, task, rl, history, examples, before, picture
     states = None if picture is None else route_states(model, rl, task, picture)
     if RANK > 0:
         return
-    print(f"\n{'held-out problem':<27} {'before RL':<35} after RL")
+    print(f"\n{'held-out problem':<{SHOWN_WIDTH}} {'before RL':<{SHOWN_WIDTH + 8}} after RL")
     for i, problem in enumerate(examples):
-        line = f"{ending(task.text(problem)):<27} "
+        line = f"{ending(task.text(problem))} "
         for texts, right in ((texts_before, right_before), (texts_after, right_after)):
-            line += f"{ending(texts[i]):<27} {right[i]} of {SHOWN}  "
+            line += f"{ending(texts[i])} {right[i]} of {SHOWN}  "
         print(line.rstrip())
     print(f"right before     {sum(right_before)} of {SHOWN * len(examples)}")
     print(f"right after      {sum(right_after)} of {SHOWN * len(examples)}")
