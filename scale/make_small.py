@@ -1,0 +1,123 @@
+"""Make a small checkpoint and questions for it, to try scale/ on a laptop without a download.
+
+    python -m scale.make_small small           # a minute; small/model and small/sums.jsonl
+
+The questions are the 4,096 sums of six numbers from zero to three in words, more than a short run
+can learn by heart. The model is a Qwen3-MoE with a tokenizer and a chat template of its own, warmed
+up on worked answers some of whose sums are off by one, so that RL has something to sharpen.
+"""
+
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+import train_toy
+from pr2_mini import MoETransformer
+from scale import checkpoints
+from scale.questions import Questions
+from scale.train import Settings
+
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SPECIAL = ["<pad>", "<eos>", "<user>", "<bot>", "<bos>", "<end>"]  # ids 0 to 5
+OTHERS = ["<unk>", "What", "is", "plus", "?", "\\boxed{", "}", " "]
+WORDS = [*SPECIAL, *OTHERS, *NUMBERS, *"0123456789"]
+TEMPLATE = (
+    "<bos>{% for m in messages %}{{ '<user>' if m['role'] == 'user' else '<bot>' }}"
+    "{{ m['content'] }}<end>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of whole words and single digits, with a chat template."""
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    pattern = tokenizers.Regex(r"\\boxed\{|[A-Za-z]+|.")
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, behavior="isolated")
+    inner.decoder = tokenizers.decoders.Fuse()
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+class Sums(Questions):
+    """The questions as train_toy.warm_up wants a task, with worked solutions of which some slip:
+    to "What is two plus three plus one?" the response is "5 \\boxed{6}"."""
+
+    def __init__(self, settings: Settings, hf_config):
+        super().__init__(settings, hf_config)
+        self.prompt_length = self.longest
+        self.response_length = 2 * self.longest
+
+    def prompts(self, problems: list, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """(Q, prompt_length) int64 ids, padded on the left, and (Q,) by how much."""
+        tokens, pads = super().prompts(problems, device)
+        missing = self.prompt_length - tokens.shape[1]
+        return F.pad(tokens, (missing, 0), value=self.pad), pads + missing
+
+    def solutions(self, problems: list, slip: float, generator: torch.Generator) -> Tensor:
+        """(Q, response_length) int64 ids, padded on the right; each sum is off by one with
+        probability `slip`, and is carried on."""
+        solutions = torch.full((len(problems), self.response_length), self.pad)
+        for row, problem in enumerate(problems):
+            words = problem.text.removeprefix("What is ").removesuffix("?").split(" plus ")
+            total, *others = map(NUMBERS.index, words)
+            text = ""
+            for number in others:
+                total += number
+                slips, sign = torch.rand(2, generator=generator).tolist()
+                if slips < slip:
+                    total = max(0, total + (1 if sign < 0.5 else -1))
+                text += f"{total} "
+            text = f"{text.removesuffix(f'{total} ')}\\boxed{{{total}}}<end>"
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            solutions[row, : len(ids)] = torch.tensor(ids)
+        return solutions
+
+
+def make(folder: Path, numbers: int = 6, largest: int = 3, slip: float = 0.1, steps: int = 400):
+    """Writes folder/sums.jsonl and folder/model, which `steps` of warm-up have taught to add."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "sums.jsonl", "w") as file:
+        for addends in itertools.product(range(largest + 1), repeat=numbers):
+            question = f"What is {' plus '.join(NUMBERS[number] for number in addends)}?"
+            row = {"question": question, "answer": f"We add them up.\n#### {sum(addends)}"}
+            file.write(json.dumps(row) + "\n")
+    hf_config = transformers.Qwen3MoeConfig(
+        architectures=["Qwen3MoeForCausalLM"],
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=32,
+        num_experts=32,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        max_position_embeddings=256,
+        eos_token_id=[1, 5],  # <eos> and what the template ends a turn with
+        pad_token_id=0,
+    )
+    with tempfile.TemporaryDirectory() as untrained:
+        hf_config.save_pretrained(untrained)
+        save_tokenizer(Path(untrained))
+        settings = Settings(checkpoint=untrained, data=str(folder / "sums.jsonl"))
+        torch.manual_seed(0)
+        model = MoETransformer(checkpoints.model_of(hf_config).config)
+        toy = train_toy.Settings(warm_up=steps, slip=slip, device="cpu")
+        train_toy.warm_up(model, Sums(settings, hf_config), toy)
+        checkpoints.save(model, untrained, folder / "model")
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))
