@@ -479,8 +479,10 @@ def draw(histories: dict[str, list[list[dict]]], path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no figure         pip install matplotlib draws one")
         return
+    from matplotlib import style
     from matplotlib.figure import Figure
 
+    style.use("tableau-colorblind10")
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     reward, held_out, agreement, largest = figure.subplots(2, 2).flat
     for variant, runs in histories.items():

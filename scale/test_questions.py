@@ -6,6 +6,10 @@ import zlib
 from types import SimpleNamespace
 
 import pytest
+
+pytest.importorskip("transformers", reason="pip install transformers math-verify")
+pytest.importorskip("math_verify", reason="pip install transformers math-verify")
+
 import tokenizers
 import torch
 import transformers
