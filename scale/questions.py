@@ -1,26 +1,26 @@
 """Questions and answers of a JSON-lines file, GSM8K's format too, for a checkpoint with its own
 tokenizer and chat template: the file, the judge, the task.
 
-A text is read as words, or by math-verify as `$...$` if that finds in it all the numbers and
-letters that are written and no others. An answer of the file that cannot be read so is left out
-and counted, not misjudged. A reward of your own goes into `Questions.rewards`."""
+A text is read as words, or by math-verify as `$...$` if what that makes of it has just the numbers
+and letters that are written. An answer in the file that cannot be read so is left out and counted,
+not misjudged. A reward of your own goes into `Questions.rewards`."""
 
 import json
 import logging
 import re
 import zlib
 from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
 from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Rational, latex
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every slow response
+LONGEST = 500  # characters of an answer
 
 
 class DataError(ValueError):
@@ -28,9 +28,6 @@ class DataError(ValueError):
 
 
 # ------------------------------------------------------------------------------- 1. The file
-LONGEST = 500  # characters of an answer
-
-
 def read_questions(path: str) -> list[tuple[str, str]]:
     """(question, answer) of each line: of an answer with #### what follows it, as in GSM8K, of a
     number all its digits. Only the last lines may be blank: pair n is of line n."""
@@ -69,47 +66,45 @@ SECONDS = 2  # for math-verify, which stops itself by a signal: in a main thread
 SPELLINGS = [  # rewritten in this order, in answers and in responses
     ("\u2212", "-"),
     ("\u00d7", r"\\times "),
-    (r"\\[dt]frac", r"\\frac"),
-    (r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}"),
     (r"\\(?:left|right)(?![a-z])|\\?\$|\\[()\[\]]", ""),  # also currency
     (r"\\(?:text|math)[a-z]*\s?\{([^{}]*)\}", r" \1 "),
     (r"\\?%|\s?\bpercent\b", r"\\%"),
     (r"(?<=\w)\*\*(?=\w)", "^"),
     (r"\*\*", ""),  # bold
-    (r"\bnot\s+\S+", ""),  # "12, not 13"
+    (r"\bnot\s+[-\d]\S*", ""),  # "12, not 13"
+    (r"\\[dt]frac", r"\\frac"),
+    (r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}"),
+    (r"(?<![\w.^/})])(\d+)\s?/\s?(\d+)(?!\w|\s?[\^/(\\]|\.\d)", r"\\frac{\1}{\2}"),
 ]
 THOUSANDS = re.compile(r"(?<![\d.,(\[{])\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!,?\d)")
-QUOTIENT = re.compile(r"(?<![\w.^/})])(\d+)\s?/\s?(\d+)(?!\s?[\w.^/(\\])")
-FRACTION = re.compile(r"(?<![\w.])(\d*)\s?\\frac\{(\d+)\}\{(0*[1-9]\d*)\}")  # or 3 1/2
+FRACTION = re.compile(r"(?<![\w.])(\d*)\s?\\frac\{(\d+)\}\{(0*[1-9]\d*)\}")  # 3 1/2 is one, too
 NUMBER = re.compile(r"(?<![\w.])(\d*\.?\d+(?:[eE][+-]?\d{1,3}(?!\w))?)")
 WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[\s'.,-]+[^\W\d_]+)*")
 DOUBTFUL = re.compile(
-    r"[^\w\s+*/^=<>(){}\[\]|,\\%-]|(?<![\\A-Za-z])[A-Za-z]{2}|[^\x00-\x7f]"  # no mathematics
-    r"|[A-Za-z]\d|/\s?\d+\s?[A-Za-z(\\]|\^\s?\w+\s?\^"  # x2, 1/2x, 9^9^9
+    r"[^\w\s+*/^=<>(){}\[\]|,\\%-]|[^\x00-\x7f]"  # no mathematics
+    r"|(?<![\\A-Za-z])[A-Za-z][A-Za-z\d]|\d\s+\d"  # km, x2, 2 3
+    r"|/\s?\d+\s?[A-Za-z(\\]|\^\s?\w+\s?\^"  # 1/2x, 9^9^9
     r"|^\d+(?:-\d+)+$|\d/\d+/"  # a range or a date
 )
-MARK = re.compile(r"<answer>|\banswer\b[^.:\n]{0,80}?(?:\bis\b|:)[\s:]*(?:option\s)?", re.I)
+SYMBOL = re.compile(r"\d+|(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])")
+MARK = re.compile(
+    r".*(?:<answer>|\banswer\b[^.:\n]{0,80}?(?:\bis\b|:))[\s:]*(?:option\s)?(.*)", re.I | re.S
+)
 SENTENCE_END = re.compile(r"\n|</|[.?!](?=\s|$)|[,;]?\s(?:because|since|but)\b")
-OPTION = re.compile(r"\(?([A-Z])[).:]+\s(?!.*\bor\b)(.+)")  # (C) 12
+OPTION = re.compile(r"^\s*\(?([A-Z])[).:]+\s(?!.*\bor\b)")  # (C) 12
 PROSE = re.compile(  # what stands between the formulas of a text
-    r"(?<![\\A-Za-z])(?!(?:and|or)\b)[A-Za-z]+['\u2019]?[A-Za-z]+|[.?!:;](?=\s|$)|\n"
+    r"(?<![\\A-Za-z])(?!(?:and|or)\b)[A-Za-z]+['\u2019]?[A-Za-z]+|\([A-Z]\)|[.?!:;](?=\s|$)|\n"
 )
 
 
 def judge(answer: str, response: str) -> float:
     """1.0 where a response gives the answer, else 0.0. Of the response counts what follows its
-    thoughts, and of that the last \\boxed{}, else what follows the last ####, and of that the last
-    "answer is", else the last line, else its last formula. An answer that cannot be read is a
-    DataError."""
-    gold = read_answer(answer)
+    thoughts and the last ####, and of that the last \\boxed{}, else the last "answer is", else the
+    last line, else its last formula. An answer that cannot be read is a DataError."""
+    gold = read(clean(answer))
     if not gold:
         raise DataError(f"answer {answer!r} cannot be read; expected a number, LaTeX or words")
     return float(is_right(gold, response))
-
-
-def read_answer(answer: str) -> list:
-    gold = read(clean(answer.rpartition("####")[2]))
-    return gold if verify(gold, gold, timeout_seconds=SECONDS) else []
 
 
 def is_right(gold: list, response: str) -> bool:
@@ -121,45 +116,34 @@ def is_right(gold: list, response: str) -> bool:
 
 
 def clean(text: str) -> str:
+    text = text.rpartition("####")[2]
     for pattern, spelling in SPELLINGS:
         text = re.sub(pattern, spelling, text)
     return THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
 
 
 def final_texts(text: str) -> list[str]:
-    """What a response gives as its answer: the words, the letter of an option, the formula."""
+    """What a response gives as its answer: as it stands, the formula in it, an option's letter."""
     _, box, rest = text.rpartition("\\boxed{")
-    text = text.rpartition("####")[2].strip()
-    marks = list(MARK.finditer(text))
+    mark = MARK.match(text)
     if box:
-        text = before_brace(rest)
-    elif marks:
-        text = SENTENCE_END.split(text[marks[-1].end() :].strip(), maxsplit=1)[0]
-    final = bool(box or marks)
-    option = OPTION.fullmatch(text)
-    if final and option:
-        return [option[1], option[2]]
+        # It ends with the first brace that closes more than has been opened.
+        ends = (i for i in range(len(rest) + 1) if rest[:i].count("}") > rest[:i].count("{"))
+        text = rest[: next(ends, 1) - 1]
+    elif mark:
+        text = SENTENCE_END.split(mark[1].strip(), maxsplit=1)[0]
     formulas = [part for part in PROSE.split(text) if re.search(r"[\d\\+=]", part)]
-    nearest = formulas[:1] if final else formulas[-1:]
-    return [text if final else text.rpartition("\n")[2], *nearest]
-
-
-def before_brace(text: str) -> str:
-    """What stands before the brace that closes a box."""
-    depth = 1
-    for place, character in enumerate(text):
-        if character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-        if depth == 0:
-            return text[:place]
-    return ""
+    nearest = formulas[:1] if box or mark else formulas[-1:]
+    # Of 3 x $4 = $12 the result can be read.
+    nearest = [part if read(part) else part.rpartition("=")[2] for part in nearest]
+    if box or mark:
+        return [text, *nearest, *OPTION.findall(text)]
+    return [text.strip().rpartition("\n")[2].rstrip("!"), *nearest]
 
 
 def read(text: str) -> list:
     """The words that a text is, or the mathematics; [] if it is neither, or in doubt."""
-    text = text.strip(" \n*.,:;=\"'")
+    text = text.strip(" \n*,:;=\"'").rstrip(" .")
     if len(text) > LONGEST:
         return []
     letter = re.fullmatch(r"\(?([A-Za-z])[).]*", text)
@@ -168,35 +152,25 @@ def read(text: str) -> list:
     if WORDS.fullmatch(text):
         return [" ".join(text.split()).casefold()]
     text = re.sub(r",?\s(?:and|or)\s", ", ", text)
-    text = QUOTIENT.sub(r"\\frac{\1}{\2}", text)
-    text = FRACTION.sub(lambda match: exact(match[1] or "0", match[2], match[3]), text)
-    text = NUMBER.sub(lambda match: exact(match[1]), text)
-    values = []
+    # Exactly, and without a point.
+    text = FRACTION.sub(
+        lambda m: latex(Rational(m[1] or 0) + Rational(m[2]) / Rational(m[3])), text
+    )
+    text = NUMBER.sub(lambda m: latex(Rational(m[1])), text)
     if not DOUBTFUL.search(text):
-        latex = [LatexExtractionConfig()]
-        values = parse(f"${text}$", latex, fallback_mode="no_fallback", parsing_timeout=SECONDS)
-    # math-verify makes something of anything: "2 3" is 5 to it, and 12 km is 12.
-    understood = str(values[:1]).replace("*(1/100)", "")  # of a percent
-    if symbols(re.sub(r"\\[A-Za-z]+", "", text)) != symbols(understood):
-        # Perhaps what precedes the result is in doubt.
-        return read(text.rpartition("=")[2]) if "=" in text else []
-    return values[:1]
-
-
-def symbols(text: str) -> set[str]:
-    """The numbers and single letters in a text."""
-    return set(re.findall(r"\d+|(?<![A-Za-z])[A-Za-z](?![A-Za-z])", text))
-
-
-def exact(number: str, top: str = "0", bottom: str = "1") -> str:
-    """A number and a fraction beside it in LaTeX, without a point."""
-    value = Fraction(number) + Fraction(int(top), int(bottom))
-    if value.denominator == 1:
-        return str(value)
-    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+        config = [LatexExtractionConfig()]
+        values = parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=SECONDS)
+        # math-verify makes something of anything: "2 3" is 5 to it, and 12 km is 12.
+        made = str(values[:1]).replace("*(1/100)", "")  # of a percent
+        if set(SYMBOL.findall(text)) == set(SYMBOL.findall(made)):
+            return values[:1]
+    return []
 
 
 # ------------------------------------------------------------------------------- 3. The task
+PLAIN = "{{ messages[-1]['content'] }}\nAnswer:"  # for a tokenizer without a chat template
+
+
 class Question(NamedTuple):
     text: str
     gold: list  # what its answer says: see `read`
@@ -208,49 +182,50 @@ class Questions:
 
     def __init__(self, settings, hf_config):
         """settings: checkpoint, data, system and prompt_length; hf_config: the checkpoint's."""
-        self.folder = settings.checkpoint
-        self.system = settings.system
-        self.vocab_size = hf_config.vocab_size
         pairs = read_questions(settings.data)
+        self.system = settings.system
+        self.known = range(hf_config.vocab_size)
+        generation = Path(settings.checkpoint, "generation_config.json")
         ends = [getattr(hf_config, "eos_token_id", None)]
-        generation = Path(self.folder, "generation_config.json")
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.folder, trust_remote_code=False, local_files_only=True
+                settings.checkpoint, trust_remote_code=False, local_files_only=True
             )
             if generation.exists():
                 ends.append(json.loads(generation.read_text()).get("eos_token_id"))
         except Exception as error:  # of any type: transformers', and of what it calls
-            raise DataError(f"the tokenizer in {self.folder} cannot be read: {error}") from error
+            raise DataError(f"no tokenizer in {settings.checkpoint}: {error}") from error
         self.templated = self.tokenizer.chat_template is not None
+        if not self.templated:
+            self.tokenizer.chat_template = PLAIN
         self.eos = self.end_tokens(ends)
         thinks = self.prompt("?").rstrip().endswith("<think>")
         self.opening = "<think>" if thinks else ""  # of all responses
         self.checksum = 0  # of all prompts and answers: a run goes on with the same ones only
         self.parts = {True: [], False: []}  # held out or not
-        left_out = {}  # line numbers
+        unread = []  # line numbers
+        too_long = []
         texts = {}  # by ids
         for line, (text, answer) in enumerate(pairs, start=1):
-            question = Question(text, read_answer(answer), self.encode(text))
+            question = Question(text, read(clean(answer)), self.encode(text))
             self.checksum = zlib.crc32(repr((question.ids, answer)).encode(), self.checksum)
             other = texts.setdefault(tuple(question.ids), text)
             if other.strip() != text.strip():
                 raise DataError(
-                    f"{other[:80]!r} and {text[:80]!r} (line {line} of {settings.data}) are one "
-                    f"prompt to the tokenizer in {self.folder}; remove one of them"
+                    f"to the tokenizer {other[:80]!r} and {text[:80]!r} (line {line}) are one "
+                    "prompt; remove one of them"
                 )
             if not question.gold:
-                left_out.setdefault("answers that cannot be read", []).append(line)
+                unread.append(line)
             elif len(question.ids) > settings.prompt_length:
-                reason = f"prompts of more than {settings.prompt_length} tokens"
-                left_out.setdefault(reason, []).append(line)
+                too_long.append(line)
             else:
-                held_out = zlib.crc32(text.strip().encode()) % 8 == 0
-                self.parts[held_out].append(question)
-        self.left_out = {
-            f"{reason}, the first in line {numbers[0]}": len(numbers)
-            for reason, numbers in left_out.items()
-        }
+                self.parts[zlib.crc32(text.strip().encode()) % 8 == 0].append(question)
+        self.left_out = {}
+        reason = f"prompts of more than {settings.prompt_length} tokens"
+        for name, lines in (("answers that cannot be read", unread), (reason, too_long)):
+            if lines:
+                self.left_out[f"{name}, the first in line {lines[0]}"] = len(lines)
         if not self.parts[True] or not self.parts[False]:
             raise DataError(
                 f"{settings.data} has {len(self.parts[False])} questions to train on and "
@@ -258,16 +233,13 @@ class Questions:
             )
         prompts = [question.ids for part in self.parts.values() for question in part]
         self.longest = max(map(len, prompts))
-        # No prompt begins or ends with it, so that one can tell where the padding ends.
+        # No prompt begins or ends with padding, so that one can tell where it ends.
         taken = {ids[place] for ids in prompts for place in (0, -1)}
-        model_has = range(self.vocab_size)
-        tokens = [self.tokenizer.pad_token_id, *self.eos, *model_has]
-        self.pad = next(token for token in tokens if token in model_has and token not in taken)
+        tokens = [self.tokenizer.pad_token_id, *self.eos, *self.known]
+        self.pad = next(token for token in tokens if token in self.known and token not in taken)
 
     def prompt(self, question: str, *answer: str) -> str:
-        """A question, or a question and its answer, as the chat template writes it, if any."""
-        if not self.templated:
-            return f"{question}\nAnswer:"
+        """A question, or a question and its answer, as the chat template writes it."""
         messages = [{"role": "user", "content": question}]
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
@@ -277,7 +249,7 @@ class Questions:
                 messages, tokenize=False, add_generation_prompt=not answer
             )
         except Exception as error:  # of any type: the template is a program
-            raise DataError(f"the chat template in {self.folder} refuses: {error}") from error
+            raise DataError(f"the checkpoint's chat template refuses: {error}") from error
 
     def encode(self, question: str) -> list[int]:
         """The ids of a prompt."""
@@ -285,24 +257,23 @@ class Questions:
         for part in (question, self.system):
             if part.strip() not in text:
                 raise DataError(
-                    f"the chat template in {self.folder}, or its lack, drops {part[:80]!r} and "
-                    f"writes {text[:80]!r}; give it one that has the messages in it"
+                    f"the chat template, or its lack, drops {part[:80]!r} from {text[:80]!r}; give "
+                    "the checkpoint one that has the messages in it"
                 )
         # The template writes the special tokens itself: no second bos.
         options = {"add_special_tokens": not self.templated, "padding": False, "truncation": False}
         ids = self.tokenizer.encode(text, **options)
         # Some tokenizers end every text, even an empty one; here a response is to follow.
-        if ids and ids[-1] in self.eos and ids[-1:] == self.tokenizer.encode("", **options)[-1:]:
-            ids.pop()
+        if ids[-1:] == self.tokenizer.encode("", **options)[-1:]:
+            ids = ids[:-1]
         self.check(ids, f"prompt {text[:80]!r}")
         return ids
 
     def check(self, ids, name: str) -> None:
-        if not ids or not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise DataError(
-                f"{name} has the ids {sorted(ids)[-3:]} by the files in {self.folder}; expected "
-                f"some below the model's vocab_size {self.vocab_size}: take its own tokenizer"
-            )
+        wrong = [token for token in ids if token not in self.known]
+        if wrong or not ids:
+            expected = f"expected some below the model's vocab_size {len(self.known)}"
+            raise DataError(f"{name} has the ids {wrong[:3]}; {expected}: take its own tokenizer")
 
     def end_tokens(self, configured: list) -> tuple[int, ...]:
         """Every id that ends a response: the tokenizer's, those of config.json and
@@ -310,11 +281,10 @@ class Questions:
         ends = {self.tokenizer.eos_token_id}
         for ids in configured:
             ends.update(ids if isinstance(ids, list) else [ids])
-        if self.templated:
-            after = self.prompt("Six times seven?", "Forty-two.").partition("Forty-two.")[2]
-            special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
-            ids = self.tokenizer.encode(after, add_special_tokens=False)
-            ends.add(next((token for token in ids if token in special), None))
+        after = self.prompt("Six times seven?", "Forty-two.").partition("Forty-two.")[2]
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        ids = self.tokenizer.encode(after, add_special_tokens=False)
+        ends.add(next((token for token in ids if token in special), None))
         ends.discard(None)
         self.check(ends, "the end of a response")
         return tuple(sorted(ends))
@@ -327,10 +297,10 @@ class Questions:
 
     def prompts(self, problems: list[Question], device) -> tuple[Tensor, Tensor]:
         """(Q, P) int64 ids, padded on the left, and (Q,) by how much."""
-        rows = [torch.tensor(problem.ids, device=device) for problem in problems]
-        tokens = pad_sequence(rows, batch_first=True, padding_value=self.pad, padding_side="left")
-        pads = [tokens.shape[1] - len(row) for row in rows]
-        return tokens, torch.tensor(pads, device=device)
+        longest = max(len(problem.ids) for problem in problems)
+        pads = [longest - len(problem.ids) for problem in problems]
+        rows = [(longest * [self.pad] + problem.ids)[-longest:] for problem in problems]
+        return torch.tensor(rows, device=device), torch.tensor(pads, device=device)
 
     def rewards(self, problems: list[Question], rollout) -> Tensor:
         """(B,): 1.0 where a response that ended gives the answer, else 0.0; see `judge`."""
@@ -341,5 +311,5 @@ class Questions:
             ids = rollout.tokens[row, -C:][rollout.mask[row]].tolist()
             # Special tokens stay: without the one between them two numbers would be one.
             text = self.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
-            rewards[row] = float(is_right(problems[row // samples].gold, self.opening + text))
+            rewards[row] = is_right(problems[row // samples].gold, self.opening + text)
         return rewards

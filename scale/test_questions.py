@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from pr2_mini import Rollout
-from scale.questions import DataError, Questions, judge, read_answer, read_questions
+from scale.questions import DataError, Questions, clean, judge, read, read_questions
 
 SPECIAL = ["<pad>", "<eos>", "<user>", "<bot>", "<bos>", "<system>"]  # ids 0 to 5
 TEMPLATE = (
@@ -53,25 +53,17 @@ def sums(count=40):
     return [{"question": f"What is {a} plus 1?", "answer": a + 1} for a in range(count)]
 
 
-def lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def settings_of(folder, data, system="", length=99):
-    texts = {"checkpoint": str(folder), "data": data, "system": system}
-    return SimpleNamespace(prompt_length=length, **texts)
-
-
 @pytest.fixture
 def ask(tmp_path):
     """A function that makes Questions of rows, a tokenizer and settings."""
 
     def make(rows=None, system="", length=99, vocabulary=VOCABULARY, eos=None, **tokenizer):
         save_tokenizer(tmp_path, **tokenizer)
-        data = lines(tmp_path / "data.jsonl", sums() if rows is None else rows)
+        data = tmp_path / "data.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows or sums()))
+        settings = {"checkpoint": str(tmp_path), "data": str(data), "system": system}
         config = SimpleNamespace(vocab_size=vocabulary, eos_token_id=eos)
-        return Questions(settings_of(tmp_path, data, system, length), config)
+        return Questions(SimpleNamespace(prompt_length=length, **settings), config)
 
     return make
 
@@ -81,12 +73,12 @@ def ask(tmp_path):
 JUDGED = r"""
 12 -> 12 ¦ 12.0 ¦ That makes $12.00 ¦ The answer is 12. ¦ 12 apples ¦ 7 + 5 = 12 ¦ \boxed{12} -> 13 ¦ 120
 12 -> so $12$ ¦ #### 12 ¦ **12** ¦ 12 dollars ¦ \[12\] ¦ **Answer:** 12 -> 1.2 ¦ -12 ¦ no idea ¦ ¦ 1, 12
-12 -> 24/2 ¦ x = 12 ¦ 12, not 13 ¦ It is 12! ¦ it's 12 -> 12 or 13 ¦ It is not 12 ¦ 12x ¦ twelve
+12 -> 24/2 ¦ 3 x $4 = $12 ¦ 7 × 1 + 5 = 12 ¦ x = 12 ¦ 12, not 13 ¦ It is 12! ¦ it's 12 -> 12 or 13 ¦ It is not 12 ¦ 12x ¦ twelve
 1,200 -> 1200 ¦ 1,200 ¦ $1,200.00 ¦ 1{,}200 ¦ 1\,200 ¦ 1.2e3 -> 1 ¦ 200 ¦ 1, 200 ¦ 1.2 ¦ (1,200)
 1e16 -> 1e16 ¦ 10000000000000000 ¦ 10^{16} ¦ 10^16 -> 1 ¦ 16 ¦ 1e15 ¦ 16e ¦ 10000000000000001
 1e-05 -> 0.00001 ¦ 1e-5 ¦ 10^{-5} -> 0 ¦ 0.0 ¦ 1 ¦ -5 ¦ 1e-6
 2^{10} -> 1024 ¦ 2^{10} ¦ 2^10 ¦ 2**10 -> 2 ¦ 10 ¦ 20 ¦ 210
-3 1/2 -> 3 1/2 ¦ 3.5 ¦ 7/2 ¦ 3\frac12 ¦ x = 3 1/2 ¦ The answer is 3 1/2. -> 31/2 ¦ 3/2 ¦ 3 ¦ 2 ¦ -3 1/2
+3 1/2 -> 3 1/2 ¦ 3.5 ¦ 7/2 ¦ 3\frac12 ¦ x = 3 1/2 ¦ The answer is 3 1/2. ¦ 3 1/2 cups -> 31/2 ¦ 3/2 ¦ 3 ¦ 2 ¦ -3 1/2
 -3 1/2 -> -3.5 ¦ -7/2 ¦ -3\frac{1}{2} ¦ −3 1/2 -> -5/2 ¦ 3.5 ¦ -31/2
 3\frac{1}{2} -> 3.5 ¦ 7/2 ¦ 3 1/2 -> 1.5 ¦ 31/2
 2x+1 -> 2x+1 ¦ 1 + 2x ¦ $2x+1$ ¦ \boxed{2x+1} ¦ y = 2x+1 ¦ 2*x+1 -> 2 ¦ 1 ¦ 2x ¦ 3 ¦ 2y+1
@@ -95,12 +87,15 @@ JUDGED = r"""
 \[\frac12\] -> 0.5 ¦ 1/2 ¦ \dfrac{1}{2} ¦ 50% -> 12 ¦ 1 ¦ 2 ¦ 0.2
 −3 -> -3 ¦ −3 ¦ $-3$ ¦ The answer is −3. -> 3 ¦ 0 ¦ -33
 x^2+1 -> x^2+1 ¦ x^{2} + 1 ¦ x**2+1 ¦ f(x) = x^2+1 -> x^2 ¦ 1 ¦ 2 ¦ x^2-1
-yes -> yes ¦ Yes. ¦ \boxed{\text{Yes}} ¦ **yes** ¦ #### yes -> no ¦ sey ¦ yes and no ¦ eyes ¦ not yes
+yes -> yes ¦ Yes. ¦ \boxed{\text{Yes}} ¦ **yes** ¦ #### yes ¦ Yes! ¦ The answer is yes, because 2 > 1. -> no ¦ sey ¦ yes and no ¦ eyes ¦ not yes
 no -> no ¦ No. ¦ The answer is no. -> I know ¦ yes ¦ on ¦ n ¦ none
 A -> A ¦ (A) ¦ A. ¦ A) ¦ Answer: (A) ¦ The answer is (A) 12. -> A nice day, the answer is B ¦ B ¦ a ¦ A or B
-(C) -> (C) ¦ C ¦ Answer: (C) ¦ \boxed{\text{C}} -> D ¦ c ¦ C is wrong, the answer is D
+(C) -> (C) ¦ C ¦ Answer: (C) ¦ \boxed{\text{C}} ¦ \boxed{\textbf{(C)}\ 12} -> C or D ¦ D ¦ c ¦ C is wrong, the answer is D
 25% -> 25% ¦ 25\% ¦ 25 percent ¦ 25 ¦ 0.25 ¦ 1/4 -> 2.5 ¦ 0.25% ¦ 75%
-0.25 -> 1/4 ¦ 25% -> 0.25% ¦ 25 ¦ 0.2500001
+0.25 -> 1/4 ¦ 25% ¦ .25 -> 0.25% ¦ 25 ¦ 0.2500001
+.5 -> 0.5 ¦ .5 ¦ 1/2 -> 5 ¦ 0.05
+5,10,100 -> 5, 10, 100 ¦ 5,10,100 -> 5,10100 ¦ 115 ¦ 100
+2\sqrt3 -> 2\sqrt{3} ¦ \sqrt{12} -> 2 ¦ 3 ¦ 6
 x = 5 -> x = 5 ¦ 5 ¦ x=5 ¦ \boxed{x = 5} -> y = 5 ¦ x = 6 ¦ 6 ¦ x
 2\pi -> 2\pi -> 2 ¦ \pi ¦ 2p
 12345678901234567890 -> 12345678901234567890 -> 12345678901234567891 ¦ 1
@@ -115,8 +110,8 @@ def test_what_a_response_earns(case):
     assert [r for r in wrong.split("¦") if judge(answer, r.strip()) != 0.0] == []
 
 
-MISREAD = r"5 km|12 apples|2 3|1:30|2516_8|0.\overline{3}|1/0|9^9^9|1/2x|2(3)|x2|(1|{|½||???"
-MISREAD += "|3\u20135" + r"|\frac{1}{|1..2|2024-01-05|N+n|" + "7" * 501
+MISREAD = r"5 km|12 apples|2 3|1:30|2516_8|0.\overline{3}|1/0|9^9^9|1/2x|2(3)|x2|(1|{|½||???|N+n"
+MISREAD += "|3\u20135" + r"|\frac{1}{|1..2|2024-01-05|N = 5, M = 3|3x+2Y = 12|" + "7" * 501
 
 
 @pytest.mark.parametrize("answer", MISREAD.split("|"))
@@ -141,7 +136,7 @@ def test_the_last_answer_counts_and_thoughts_do_not(responses, reward):
 
 
 HOSTILE = ["9^{9^9}", "9**9**9", "2^{1000000000}", "(10^9)!", r"3\frac{1}{0}", "1e999", "\ud800"]
-REPEATED = ["{", "x_", "answer ", r"\boxed{", "1 ", "\\text{", "not ", "1", "(", "<think>", "$"]
+REPEATED = ["{", "x_", "answer ", r"\boxed{", "1 ", "\\text{", "not ", "1", "(", "<think>", "="]
 
 
 @pytest.mark.parametrize("response", [*HOSTILE, *(30000 * text for text in REPEATED)])
@@ -273,7 +268,7 @@ def rewards(task, answers, texts):
     mask = torch.tensor([[column < len(row) for column in range(C)] for row in rows])
     ended = torch.tensor([row[-1] in task.eos for row in rows])
     rollout = Rollout(tokens, None, mask, None, None, ended)
-    problems = [SimpleNamespace(gold=read_answer(answer)) for answer in answers]
+    problems = [SimpleNamespace(gold=read(clean(answer))) for answer in answers]
     return task.rewards(problems, rollout).tolist()
 
 
