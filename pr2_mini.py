@@ -141,7 +141,6 @@ def predictor_loss(p_old: Tensor, m_b: Tensor, p: Tensor, matching: str) -> Tens
     """What W_p learns from: the routing distribution of today's router, p from today's h and W,
     against the one that today's W_p predicts from h_old. p_old, m_b and p are (L, n', N); returns
     the sum over layers and tokens. Only m_b = m h_old W_p has a gradient.
-
     "post"   KL( rho_theta || softmax(p_old + m b) ), the paper's post-routing matching
     "delta"  KL( softmax(p - p_old) || softmax(m b) ), its ablation, delta matching
     """
@@ -175,8 +174,7 @@ class Rollout(NamedTuple):
 class MicroBatch:
     """R responses that are trained in one pass, n tokens in all, and what theta_old says of them.
     They are cut after the longest of them, of length c. The token in column j is predicted at
-    position j - 1: with P = 3 and c = 2 the responses are columns 3 and 4, predicted at 2 and
-    3."""
+    position j - 1: with P = 3 and c = 2 the responses are columns 3, 4, predicted at 2, 3."""
 
     tokens: Tensor  # (R, P + c) int64
     pads: Tensor  # (R,)
@@ -258,8 +256,7 @@ class RLConfig:
         return (i - 1) / max(1, self.mini_steps - 1)
 
     def horizon_in(self, engine: str, i: int) -> float | None:
-        """m by which an engine, "rollout" or (in its old pass) "training", chooses the experts of
-        what mini-step i will train; None: by rho alone."""
+        """m by which an engine, "rollout" or "training", picks for mini-step i; None: by rho."""
         return self.horizon(i) if self.predicts and self.recorder == engine else None
 
 
@@ -361,17 +358,21 @@ def roll_out(model, engine, config: RLConfig, prompts, pads, generator) -> Rollo
     of the mini-step that will train the prompt. Where m W_p differs between mini-steps each one's
     prompts are sampled in a call of their own, a wave; otherwise one call samples all."""
     horizons = [config.horizon_in("rollout", i) for i in range(1, config.mini_steps + 1)]
-    predictors = [router.predictor for router in model.routers]
-    if len(set(horizons)) == 1 or not any(predictor.any() for predictor in predictors):
+    if len(set(horizons)) == 1 or not any(router.predictor.any() for router in model.routers):
         horizons = horizons[:1]
     waves = []
     shares = zip(horizons, prompts.chunk(len(horizons)), pads.chunk(len(horizons)), strict=True)
     for horizon, some_prompts, some_pads in shares:
         engine.load(model, horizon, routers_only=len(waves) > 0)  # all else is in already
         waves.append(engine.sample(some_prompts, some_pads, generator))
+    return join(waves)
+
+
+def join(rollouts: list[Rollout]) -> Rollout:
+    """One rollout of several whose prompts are equally long, in their order."""
     joined = {}
     for name in Rollout._fields:
-        parts = [getattr(wave, name) for wave in waves]
+        parts = [getattr(rollout, name) for rollout in rollouts]
         joined[name] = torch.cat(parts, dim=1 if name == "experts" else 0)
     return Rollout(**joined)
 

@@ -92,6 +92,18 @@ def parser_of(settings: type, usage: str) -> ArgumentParser:
     return parser
 
 
+def check_ranges(settings: RLConfig, parser: ArgumentParser) -> None:
+    """Ends the program where a number is out of range. A count is at least 1, or 0 if that is a
+    default of it, here or in RLConfig; everything else is at least 0, and finite."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        least = 0
+        if type(value) is int:
+            least = min(1, field.default, getattr(RLConfig, field.name, 1))
+        if type(value) in (int, float) and not least <= value < math.inf:
+            parser.error(f"{field.name} is {value}; expected {least} or more")
+
+
 PARSER = parser_of(Settings, "python train_toy.py [--FLAG VALUE ...]")
 PARSER.add_argument("--out", type=Path, help="folder of the run; default: a new one in runs/")
 PARSER.add_argument("--resume", type=Path, help="folder of a run to go on with")
@@ -104,11 +116,7 @@ def parse(arguments: list[str]) -> tuple[Settings, dict]:
     with one sentence and exit code 2."""
     given = vars(PARSER.parse_args(arguments))
     s = Settings(**{name: given[name] for name in given if name not in NO_SETTINGS})
-    for field in fields(Settings):
-        value = getattr(s, field.name)
-        least = min(1, field.default) if type(value) is int else 0  # 0 if it is 0 by default
-        wrong = type(value) in (int, float) and not least <= value < math.inf
-        refuse(wrong, f"{field.name} is {value}; expected {least} or more")
+    check_ranges(s, PARSER)
     refuse(s.prompts % s.mini_steps != 0, "prompts must be a multiple of mini_steps")
     refuse(s.beta1 >= 1, "beta1 must be below 1")
     refuse(s.temperature == 0, "temperature must be above 0")

@@ -56,7 +56,7 @@ class Timed:
 def rl_steps(changes: dict, phases: list[Timed], kept: list) -> Callable:
     """A function that makes an RL step and adds to `kept` what each of its phases took."""
     settings = train_toy.Settings(**changes, eos=(-1,))  # no response ends early
-    task = pr2_mini.AdditionTask(settings.operands, settings.largest)
+    task = train_toy.build_task(settings)
     settings.max_new_tokens = task.response_length
     model = train_toy.untrained_model(task, settings)
     engine = RolloutEngine(model, settings)

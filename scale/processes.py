@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from pr2_mini import MoETransformer, Rollout, RolloutEngine
+from pr2_mini import MoETransformer, Rollout, RolloutEngine, join
 
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets both
@@ -88,11 +88,7 @@ class PiecewiseEngine(RolloutEngine):
         splits = zip(prompts.split(self.prompts), pads.split(self.prompts), strict=True)
         for some_prompts, some_pads in splits:
             parts.append(super().sample(some_prompts, some_pads, generator))
-        joined = {}
-        for name in Rollout._fields:
-            tensors = [getattr(part, name) for part in parts]
-            joined[name] = torch.cat(tensors, dim=1 if name == "experts" else 0)
-        return Rollout(**joined)
+        return join(parts)
 
 
 def tensors_of(model: MoETransformer, optimizer) -> dict[str, Tensor]:

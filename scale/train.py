@@ -30,7 +30,7 @@ from scale import checkpoints, processes
 from scale.checkpoints import CheckpointError
 from scale.processes import PROCESSES, RANK
 from scale.questions import DataError, Questions
-from train_toy import generator_for, parser_of, save
+from train_toy import check_ranges, generator_for, parser_of, save
 
 
 # --------------------------------------------------------------------------------- 1. Settings
@@ -89,14 +89,7 @@ def parse(arguments: list[str]) -> tuple[Settings, dict]:
         given = config.pop("settings")
         given.update(changes, out=resume)
     settings = Settings(**given)
-    for field in fields(Settings):
-        value = getattr(settings, field.name)
-        if type(value) is float:
-            refuse(not 0 <= value < math.inf, f"{field.name} is {value}; expected 0 or more")
-        if type(value) is int:
-            least = min(1, field.default)  # what is 0 by default may be 0
-            least = 0 if field.name == "micro_batch" else least
-            refuse(value < least, f"{field.name} is {value}; expected {least} or more")
+    check_ranges(settings, PARSER)
     folder = Path(settings.out)
     share = settings.mini_steps * PROCESSES
     files = {path.name for path in folder.iterdir()} if folder.exists() else set()
