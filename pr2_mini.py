@@ -1,28 +1,28 @@
 """Predictive Routing Replay (PR2) in one file: read it top to bottom.
 
 The problem. A Mixture-of-Experts (MoE) layer sends each token to the k of its N experts that a
-small router scores highest. In reinforcement learning (RL) a rollout engine samples a batch of
-responses. The training engine cuts the batch into kappa pieces and makes one update on each. When
-the last piece is trained, the weights are kappa - 1 updates newer than those that sampled it: the
-batch is off-policy ("off-kappa"). Each update moves the routers, and a token that was sampled
-through experts 3 and 7 may be trained through 3 and 9. The PPO ratio pi_theta / pi_old then
-compares two different sub-networks of the training engine and can explode: router drift. Routing
-replay records the expert set of each token in each layer once, its route, and forces it in every
-update: R2, vanilla routing replay, records in the training engine, and R3 in the rollout engine.
-That tames the ratios, but the set goes stale: an expert that the router has come to prefer since
-then gets no gradient.
+small router scores highest. In reinforcement learning (RL) a rollout engine, a faster program with
+a copy of the weights and a rounding of its own, samples a batch of responses. The training engine
+cuts the batch into kappa pieces and makes one update on each. When the last piece is trained, the
+weights are kappa - 1 updates newer than those that sampled it. Each update moves the routers, and a
+token that went through experts 3 and 7 before the first may go through 3 and 9 when it is trained.
+The PPO ratio pi_theta / pi_old then compares two different sub-networks and can explode: router
+drift. Routing replay records the expert set of each token in each layer once, its route, and forces
+it from then on: R2, vanilla routing replay, records in the training engine before the first update,
+R3 in the rollout engine, so that both engines run the same experts. That tames the ratios, but the
+set goes stale: an expert that the router has since come to prefer gets no gradient.
 
 The idea. PR2 keeps the replay but records a *prediction*: the experts that the router will want by
 the time the token is trained. A router's logits are p = h W, where h is its input, and they change
 mostly because W changes: p_new - p_old is about h (W_new - W_old), linear in h. So a second matrix
-W_p beside W learns from the batches so far how the logits change over a batch, on the bet that they
-go on like that, and the top-k of p_old + m h W_p is recorded and replayed. The horizon m rises
-linearly from 0 for the piece that is trained first to 1 for the last (ours; the paper has 1 for
-all); which piece a prompt belongs to is known before it is sampled. So experts that are about to be
-chosen get their gradient in time. Replay and prediction only *pick* the set; how much each of its
-experts counts is the current router's softmax, and through that the router learns. W_p starts at
-zero, so that PR2 starts as plain replay. Its route is exactly that of plain replay wherever m W_p
-is zero: in the first batch, with our m in the first piece of every batch, always if kappa is 1.
+W_p beside W learns, from the second piece of every batch on, the change of the logits since the
+rollout, as m h W_p; betting that the next batch drifts alike, PR2 records the top-k of p + m h W_p.
+The horizon m (ours; the paper has 1) rises linearly from 0 for the piece that is trained first, and
+so is recorded without prediction, to 1 for the last; W_p stands for the change over a batch. Pieces
+are consecutive prompts: the m of each is known before it is sampled. Experts that are about to be
+chosen get their gradient in time. In the training engine replay and prediction only *pick* the set;
+how much each expert counts is the current router's softmax, and through that the router learns. W_p
+starts at zero: in the first batch, and always if kappa is 1, pr2 is exactly r2, and pr3 is r3.
 
 One rollout batch in short (of pr3, the default; rl_step is this in full):
     responses, experts = sample(prompts)           by an engine whose router is W + m W_p, with the
@@ -37,7 +37,7 @@ One rollout batch in short (of pr3, the default; rl_step is this in full):
 
 Notation (the paper's; shapes for one layer and one token). Weights are stored as torch.nn.Linear
 stores them, (N, D), so p = h W reads F.linear(h, weight).
-  mu_old           the policy that sampled: the rollout engine's, with the weights theta_old
+  mu_old           the policy that sampled: the rollout engine's, whose router is W; pr3: W + m W_p
   pi_old, pi_theta the training engine's policy, with theta_old; with today's weights theta
   h                input of the router                                                  D
   W, p = h W       router weight; router logits                                         N
@@ -47,11 +47,12 @@ stores them, (N, D), so p = h W reads F.linear(h, weight).
   m, rho_hat       horizon; softmax(p + m b), the predictive routing distribution       N
   kappa, i         mini-steps: updates, each on its own piece of the batch; i = 1..kappa
   alpha            learning rate of W_p divided by that of W
-  Q, G, P, C, L    prompts in a batch; responses to each; longest prompt, response; layers
-  N, k, D, B, T    experts; those of a token; width of h; rows, positions of a pass
+  Q, G, P, C       prompts in a batch; responses to each; longest prompt; longest response
+  L, N, k, D       layers; experts in each; those of a token; width of h
+  B, T, R, c       rows, positions of a pass; responses of a micro-batch, the longest of them
+  n, n'            response tokens of a micro-batch; those of them that W_p learns from
 
-Which experts run in which pass. The method PR2 has two forms: pr2 is r2 with prediction, and pr3 is
-r3 with prediction.
+The table of passes: which experts run in which. pr2 is r2, and pr3 is r3, with prediction.
            rollout, mu_old       old pass, pi_old                    update, pi_theta
   grpo     top-k of rho          top-k of rho                        top-k of rho
   r2       top-k of rho          top-k of rho, recorded here         replay of the old pass
@@ -63,8 +64,8 @@ router is W + m W_p, so there rho_hat picks and weighs; PPO's ratio, which is ag
 not see that (tis_cap can correct for it). The default, pr3, is what the paper's abstract describes,
 pr2 what its main tables were run with: take pr2 where the engine's router is not yours to set.
 
-A *deviation* is one of the k replayed experts of a token in a layer that today's router would not
-choose. The *stale counterfactual*: how many there would be, had the top-k of p_old been replayed.
+A *deviation* is a replayed expert that today's router would not choose, for one token in one layer.
+The *stale counterfactual*: how many there would be now, had the top-k of p_old been replayed.
 
 Part I is the method. Part II is what it stands on: a transformer and a sampler. Part III is a task.
 Paper: Dong et al., arXiv:2606.00395. What is not the paper's is marked "ours".
@@ -86,7 +87,7 @@ from torch import Tensor, nn
 # ========================================================================== Part I. The method
 # -------------------------------------------------------------------- 1. Router and predictor
 class Router(nn.Module):
-    """Top-k router with its evolution predictor; weights and arithmetic are always float32."""
+    """Top-k router with its evolution predictor; both stay float32 in every engine."""
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, norm_topk_prob: bool):
         super().__init__()
@@ -101,7 +102,7 @@ class Router(nn.Module):
         """Which experts run, and how much each of them counts.
 
         h        (..., D) router inputs
-        replay   (..., k) these experts, whatever the router would choose, or None
+        replay   (..., k) these experts run, whatever the horizon, or None
         horizon  m: choose by rho_hat; None: by rho
         Returns weights (..., k) float32, experts (..., k) int64, router logits p (..., N) float32.
         """
@@ -139,8 +140,8 @@ def kl_divergence(target_logits: Tensor, logits: Tensor) -> Tensor:
 
 def predictor_loss(p_old: Tensor, m_b: Tensor, p: Tensor, matching: str) -> Tensor:
     """What W_p learns from: the routing distribution of today's router, p from today's h and W,
-    against the one that today's W_p predicts from h_old. p_old, m_b and p are (L, n', N); returns
-    the sum over layers and tokens. Only m_b = m h_old W_p has a gradient.
+    against the one that today's W_p predicts from h_old. p_old, m_b and p are (L, n', N), of the n'
+    tokens kept; returns the sum over layers and tokens. Gradients reach m_b = m h_old W_p alone.
     "post"   KL( rho_theta || softmax(p_old + m b) ), the paper's post-routing matching
     "delta"  KL( softmax(p - p_old) || softmax(m b) ), its ablation, delta matching
     """
@@ -166,15 +167,14 @@ class Rollout(NamedTuple):
     pads: Tensor  # (B,) how many positions on the left are padding
     mask: Tensor  # (B, C) bool: True on the response, its end token included
     logprobs: Tensor  # (B, C) float32, log mu_old at the sampling temperature; 0 after the end
-    experts: Tensor  # (L, B, P + C - 1, k) int16, any valid set at padding and after the end
+    experts: Tensor  # (L, B, P + C - 1, k) int16: no pass runs the last token; any set at padding
     ended: Tensor  # (B,) bool, False where the response was cut off
 
 
 @dataclass
 class MicroBatch:
-    """R responses that are trained in one pass, n tokens in all, and what theta_old says of them.
-    They are cut after the longest of them, of length c. The token in column j is predicted at
-    position j - 1: with P = 3 and c = 2 the responses are columns 3, 4, predicted at 2, 3."""
+    """R responses that are trained in one pass, cut after the longest, and what theta_old says of
+    them. Column j is predicted at position j - 1: with P = 3, c = 2 columns 3, 4 are, at 2, 3."""
 
     tokens: Tensor  # (R, P + c) int64
     pads: Tensor  # (R,)
@@ -183,7 +183,7 @@ class MicroBatch:
     advantages: Tensor  # (R, 1)
     sampled_logprobs: Tensor  # (R, c) log mu_old
     sampled_experts: Tensor  # (L, n, k) those that ran in the rollout
-    route: Tensor  # (L, R, P + c - 1, k) what is replayed; grpo: the rollout's, for metrics only
+    route: Tensor  # (L, R, P + c - 1, k) what the updates replay; grpo: only measured
     old_logprobs: Tensor | None = None  # (R, c) log pi_old
     stale: Tensor | None = None  # (L, n, k) top-k of p_old
     kept: Tensor | None = None  # (n,) bool, the n' tokens that train W_p
@@ -212,7 +212,7 @@ class RLConfig:
     matching: Literal["post", "delta"] = "post"  # what a learned predictor matches
     alpha: float = 0.1  # learning rate of the predictors W_p divided by the routers'
     feature_share: float = 1.0  # share of the tokens whose h_old is kept to train W_p
-    tis_cap: float = 0.0  # upper bound on a token's weight pi_old / mu_old; 0: no such weight
+    tis_cap: float = 0.0  # truncated importance sampling: the most of pi_old / mu_old; 0: without
     samples: int = 8  # G, responses to each prompt
     max_new_tokens: int = 16  # C, longest response
     temperature: float = 1.0  # of sampling; above 0 in training, 0 is greedy
@@ -221,7 +221,7 @@ class RLConfig:
     micro_batch: int = 0  # most responses in one training pass, 0 = a whole mini-step
     learning_rate: float = 2e-4  # of the policy
     router_multiplier: float = 1.0  # learning rate of the routers W divided by the policy's (ours)
-    beta1: float = 0.98  # Adam's momentum (ours): the longer it is, the steadier is the drift
+    beta1: float = 0.98  # Adam's, not W_p's (ours): the closer to 1, the steadier is the drift
     max_grad_norm: float = 1.0  # of the policy, and of the predictors
     eos: tuple = (1,)  # ids that end a response
     pad: int = 0  # id of padding
@@ -242,13 +242,13 @@ class RLConfig:
 
     @property
     def clip(self) -> tuple[float, float]:
-        """How far a ratio may fall and rise before its gradient is cut."""
+        """How far a ratio may fall and rise before PPO cuts its gradient."""
         return (3e-4, 4e-4) if self.ratio == "sequence" else (0.2, 0.28)
 
     def horizon(self, i: int) -> float:
         """m for what is trained in mini-step i. "linear" (ours): (i - 1) / (kappa - 1), from 0 at
         i = 1, where no router has moved, to 1 for the last. "constant" (the paper's): 1, at i = 1
-        too. prediction="momentum" ignores it: beta1 + ... + beta1^(i-1), see section 7."""
+        too. prediction="momentum" has its own, 0, beta1, beta1 + beta1^2, ...: section 7."""
         if self.prediction == "momentum":
             return float(sum(self.beta1**j for j in range(1, i)))
         if self.schedule == "constant":
@@ -261,9 +261,9 @@ class RLConfig:
 
 
 def make_optimizer(model: "MoETransformer", config: RLConfig) -> torch.optim.AdamW:
-    """AdamW with a group each for the policy, its routers W and the predictors W_p. What is added
-    to Router joins W's, or W_p's if its name starts with "predictor". The predictors have beta1 = 0
-    (ours): a prediction that averages over past batches lags behind."""
+    """AdamW with a group each for the policy, its routers W and the predictors W_p. A parameter
+    that is added to Router joins W's, or W_p's if its name starts with "predictor". The predictors
+    have beta1 = 0 (ours): with momentum, gradients of past batches would make W_p lag behind."""
     policy = {"params": [], "lr": config.learning_rate}
     routers = {"params": [], "lr": config.learning_rate * config.router_multiplier}
     predictors = {"params": [], "lr": routers["lr"] * config.alpha, "betas": (0.0, 0.999)}
@@ -318,29 +318,29 @@ def rl_step(model, engine, optimizer, config, prompts, pads, reward, generator=N
     # Phase 4. kappa updates.
     for i, micro_batches in enumerate(mini_batches, start=1):
         optimizer.zero_grad()
-        # Gradients are averaged over processes, so each divides by the mean count per process: the
-        # losses are means over the tokens of all.
+        # Counts of the whole mini-step; of several processes (scale/) the mean per process, since
+        # gradients are averaged: so a loss is the mean over the tokens of all.
         n_tokens = over_processes(sum(batch.mask.sum() for batch in micro_batches))
         n_kept = over_processes(sum(batch.kept.sum() for batch in micro_batches)).clamp(min=1)
         sums = defaultdict(float)
         largest = []
         for batch in micro_batches:
-            # The recorded experts run, weighed by today's rho. The predictor has no part in this.
+            # The recorded experts run, if any are, weighed by today's rho. W_p has no part in this.
             replay = replay_of(batch, config, updates=True)
             logprobs, trace = response_logprobs(model, batch, config, replay=replay)
             log_ratio = logprobs - batch.old_logprobs
             loss = policy_loss(log_ratio, batch, config, n_tokens, n_sequences=Q * G // kappa)
             sums["loss"] += loss.detach()
 
-            # W_p learns what it should have said, from mini-step 2 on; only then features are kept.
-            # At 1 p still is p_old: m = 0 gives no gradient, and m = 1 would teach "no change".
+            # W_p learns what it should have said, if it is learned at all, and from i = 2 on: at 1,
+            # where p still is p_old, m = 0 gives no gradient, and m = 1 would teach "no change".
             if batch.h_old is not None:
                 layers = zip(model.routers, batch.h_old, strict=True)
                 b = torch.stack([router.change(h_old) for router, h_old in layers])
                 p = trace.logits[:, batch.kept]
                 missed = predictor_loss(batch.p_old, config.horizon(i) * b, p, config.matching)
                 sums["predictor_loss"] += missed.detach() / n_kept
-                loss = loss + missed / n_kept  # reaches W_p alone, so the sum needs no coefficient
+                loss = loss + missed / n_kept  # reaches W_p alone, and alpha sets how fast
             loss.backward()
             for name, value in measure(model, log_ratio, batch, trace, config).items():
                 sums[name] += value / (n_kept if name == "ideal_agreement" else n_tokens)
@@ -363,7 +363,7 @@ def roll_out(model, engine, config: RLConfig, prompts, pads, generator) -> Rollo
     waves = []
     shares = zip(horizons, prompts.chunk(len(horizons)), pads.chunk(len(horizons)), strict=True)
     for horizon, some_prompts, some_pads in shares:
-        engine.load(model, horizon, routers_only=len(waves) > 0)  # all else is in already
+        engine.load(model, horizon, routers_only=len(waves) > 0)  # waves differ in routers only
         waves.append(engine.sample(some_prompts, some_pads, generator))
     return join(waves)
 
@@ -379,8 +379,8 @@ def join(rollouts: list[Rollout]) -> Rollout:
 
 @torch.no_grad()
 def old_pass(model, config: RLConfig, rollout: Rollout, advantages, rows, i: int, generator):
-    """The training engine's view, before any update, of the rows (R,) of the rollout that mini-step
-    i will train, as a MicroBatch: the middle column of the table of passes."""
+    """The training engine's view, before any update, of R rows of the rollout, a micro-batch that
+    mini-step i will train: the middle column of the table of passes."""
     P = rollout.tokens.shape[1] - rollout.mask.shape[1]
     c = int(rollout.mask[rows].sum(1).max())
     mask = rollout.mask[rows, :c]
@@ -394,16 +394,16 @@ def old_pass(model, config: RLConfig, rollout: Rollout, advantages, rows, i: int
         advantages=advantages[rows, None],
         sampled_logprobs=rollout.logprobs[rows, :c],
         sampled_experts=route[:, at],
-        route=route,  # of r2 and pr2 replaced below
+        route=route,  # the rollout's; of r2 and pr2 replaced below by what the old pass ran
     )
     replay = replay_of(batch, config, updates=False)
     m = config.horizon_in("training", i)
     batch.old_logprobs, trace = response_logprobs(model, batch, config, replay=replay, horizon=m)
     if config.recorder == "training":
         batch.route = trace.experts
-    batch.stale = trace.logits.topk(route.shape[-1]).indices
+    batch.stale = trace.logits.topk(route.shape[-1]).indices  # by rho, whatever was recorded
     # The features that W_p will learn from. For each token h_old has L x D numbers, by far the most
-    # that PR2 keeps: 200 kB in bfloat16 at 30 billion weights. All methods draw the same numbers.
+    # that PR2 keeps: 200 kB in bfloat16 at L = 48, D = 2048. All methods draw, to sample alike.
     draws = torch.rand(int(mask.sum()), generator=generator, device=mask.device)
     batch.kept = draws < config.feature_share
     if config.predicts and config.prediction == "learned" and i > 1:
@@ -413,9 +413,9 @@ def old_pass(model, config: RLConfig, rollout: Rollout, advantages, rows, i: int
 
 
 def replay_of(batch: MicroBatch, config: RLConfig, updates: bool) -> Tensor | None:
-    """The route that a training pass, the old pass or an update, replays, or None where its routers
-    choose: the last two columns of the table of passes. Both passes must run the same experts. If
-    they do not, the metric "log_ratio_max/1" is above 0; with rollout_dtype "fp8" at once."""
+    """The route that the old pass or an update replays, or None where its routers choose: the last
+    two columns of the table of passes. To replay a part, change this and Router.forward. A wrong
+    change shows as "log_ratio_max/1" above 0 if engines' routes differ: try rollout_dtype "fp8"."""
     records = config.recorder == "training" and not updates  # what the updates will replay
     return None if records or config.recorder is None else batch.route
 
@@ -430,7 +430,7 @@ def response_logprobs(model, batch: MicroBatch, config, **forward) -> tuple[Tens
 
 
 def update(optimizer, config: RLConfig) -> dict[str, Tensor]:
-    """Clips and updates, or skips the update if a gradient is not finite (ours). Policy and
+    """Clips and updates, or skips all of it if any gradient is not finite (ours). Policy and
     predictors are clipped apart (ours), lest a wild prediction slow the policy down."""
     policy, routers, predictors = [group["params"] for group in optimizer.param_groups]
     norm = torch.hypot(gradient_norm(policy), gradient_norm(routers))  # of both together
@@ -444,7 +444,7 @@ def update(optimizer, config: RLConfig) -> dict[str, Tensor]:
 
 
 def gradient_norm(parameters: list[Tensor]) -> Tensor:
-    """The norm of all gradients together; of a sharded model (scale/) too."""
+    """The norm of all gradients together, a plain number if the model is sharded (scale/), too."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return torch.tensor(float(norm))
 
@@ -487,7 +487,7 @@ def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
 
 def policy_loss(log_ratio, batch: MicroBatch, config, n_tokens, n_sequences: int) -> Tensor:
     """This micro-batch's part of the mini-step's loss, a mean over all tokens of the mini-step or,
-    by GSPO, over all sequences of each one's mean over tokens. log_ratio (R, c)."""
+    by GSPO, over all sequences of each one's mean over tokens. No KL penalty, no load balancing."""
     share = batch.mask / n_tokens
     if config.ratio == "sequence":
         log_ratio = sequence_log_ratio(log_ratio, batch.mask)
@@ -499,8 +499,8 @@ def policy_loss(log_ratio, batch: MicroBatch, config, n_tokens, n_sequences: int
 
 
 # --------------------------------------------------------------------------- 6. What is measured
-# Nothing here affects training. Values are means over layers and sums over the n tokens; rl_step
-# divides them by n_tokens, and adds losses, log_ratio_max (absolute), grad_norm, skipped updates.
+# Nothing here affects training. `measure` returns means over layers, summed over tokens; rl_step
+# divides by the token count and adds losses, log_ratio_max (absolute), grad_norm and skipped.
 def overlap(route: Tensor, other: Tensor) -> Tensor:
     """(..., k), (..., k) -> (...), how many experts two sets have in common, in any order."""
     return (route.unsqueeze(-1) == other.unsqueeze(-2)).sum((-1, -2))
@@ -516,7 +516,7 @@ def measure(model, log_ratio, batch: MicroBatch, trace: Trace, config) -> dict[s
     same = overlap(recorded, current)
     stale_same = overlap(batch.stale, current)
     by_layer = {
-        "agreement": same / k,  # slots without deviation; a slot is one of the k of a token
+        "agreement": same / k,  # slots without deviation; a token has k slots in a layer
         "no_deviation": same == k,  # sets without deviation
         "one_deviation": same == k - 1,
         "stale_agreement": stale_same / k,  # the same, if the top-k of p_old had been replayed
@@ -576,7 +576,7 @@ def predict_by_momentum(model: "MoETransformer", optimizer: torch.optim.AdamW) -
     beta1, beta2 = group["betas"]
     for router in model.routers:
         state = optimizer.state.get(router.weight)
-        if state:  # it has made a step
+        if state:  # there is none before the first step, or (scale/) one of step 0
             step = state["step"].clamp(min=1)
             mean = state["exp_avg"] / (1 - beta1**step)
             variance = state["exp_avg_sq"] / (1 - beta2**step)
@@ -604,7 +604,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.hidden_size % 8 != 0 or self.moe_intermediate_size % 8 != 0:
-            raise ValueError("hidden_size and moe_intermediate_size must be multiples of 8")
+            raise ValueError("hidden_size, moe_intermediate_size: grouped_mm needs multiples of 8")
 
 
 class MoE(nn.Module):
@@ -622,7 +622,7 @@ class MoE(nn.Module):
     def forward(self, h, replay, horizon):
         """(B, T, D) -> output (B, T, D), experts (B, T, k) int16, router logits (B, T, N)."""
         weights, experts, p = self.router(h, replay, horizon)
-        # A row for each slot, sorted by expert; grouped_mm wants to know where each expert's end.
+        # A row for each slot (token, expert), sorted by expert; expert e's rows end at ends[e].
         sorted_experts, order = experts.flatten().sort()
         each_expert = torch.arange(len(self.down), device=h.device)
         ends = torch.searchsorted(sorted_experts, each_expert, right=True, out_int32=True)
@@ -809,8 +809,8 @@ class RolloutEngine:
 
     @torch.no_grad()
     def load(self, model, horizon: float | None, routers_only: bool = False) -> None:
-        """Takes the weights of the policy, rounded to the engine's precision, and W + m W_p as its
-        routers; horizon None: W. routers_only: it has taken the others for an earlier wave."""
+        """Takes the policy's weights, rounded to this engine's precision; as routers W + m W_p or,
+        without a horizon, W. routers_only: it has taken all else for an earlier wave."""
         targets = self.model.parameters()
         for (name, source), target in zip(model.named_parameters(), targets, strict=True):
             if routers_only and ".router." not in name:
@@ -829,7 +829,7 @@ class RolloutEngine:
 
 
 def check_prompts(prompts: Tensor, pads: Tensor, pad: int) -> None:
-    """ValueError for wrong pads. To tell, no prompt's own text may start or end with the pad id."""
+    """ValueError for wrong pads. So that it can tell, no prompt itself starts or ends with pad."""
     leading = (prompts == pad).int().cumprod(1).sum(1)  # ids of padding before the first other one
     if pads.dtype != torch.int64 or not torch.equal(pads, leading) or (prompts[:, -1] == pad).any():
         expected = f"{leading.tolist()}, how often each prompt starts with pad id {pad}"
@@ -851,11 +851,11 @@ class AdditionTask:
     A checksum of the text sets an eighth of the prompts aside; they are never trained on.
 
     rl_step needs no task, only prompts, pads and a reward. train_toy.py, a loop around it, takes
-    any task with what it knows of this one: vocab_size, pad, eos, the two lengths, and
-        problems(count, generator, held_out)    a list of what str() can show
+    any task that has what it uses of this one: vocab_size, pad, eos, the two lengths, and
+        problems(count, generator, held_out)    a list of objects; str() of one is shown
         prompts(problems)                       (Q, P) ids, padded on the left, and pads (Q,)
         solutions(problems, slip, generator)    (Q, response_length) ids, for the warm-up
-        rewards(problems, rollout), decode(ids) (Q * G,) floats, prompt by prompt; texts"""
+        rewards(problems, rollout), decode(ids) (Q * G,) floats, prompt by prompt; list of texts"""
 
     characters = "_.,+=0123456789"  # one character, one token; "_" pads and "." ends
     vocab_size = len(characters)
@@ -876,7 +876,7 @@ class AdditionTask:
         return ["".join(self.characters[i] for i in row).rstrip("_") for row in ids.tolist()]
 
     def problems(self, count: int, generator: torch.Generator, held_out: bool = False) -> list[str]:
-        """`count` problems of the training or the held-out part; ValueError if it has too few."""
+        """`count` problems of the training or the held-out part; ValueError if hardly any is."""
         found: list[str] = []
         for _ in range(1000 + 100 * count):
             numbers = torch.randint(self.largest + 1, (self.operands,), generator=generator)

@@ -61,8 +61,7 @@ class Settings(RLConfig):
     base_dir: str = "base"  # where warmed-up base models are kept
 
 
-# Settings of the toy that a base model does not depend on.
-RUN_ONLY = {"steps", "prompts", "base_dir"}
+RUN_ONLY = {"steps", "prompts", "base_dir"}  # what a base model does not depend on
 NO_SETTINGS = {"out", "resume", "compare", "seeds"}  # flags that are none
 # Defaults with --compare: a regime where replay changes what is learned, with one expert a token,
 # coarse rollouts, fast routers and short sums.
@@ -112,8 +111,7 @@ PARSER.add_argument("--seeds", type=int, help="runs per variant of --compare (de
 
 
 def parse(arguments: list[str]) -> tuple[Settings, dict]:
-    """The settings of a command line, and what it gives by name. What cannot be ends the program
-    with one sentence and exit code 2."""
+    """The settings of a command line, and what it gives by name."""
     given = vars(PARSER.parse_args(arguments))
     s = Settings(**{name: given[name] for name in given if name not in NO_SETTINGS})
     check_ranges(s, PARSER)
@@ -129,6 +127,7 @@ def parse(arguments: list[str]) -> tuple[Settings, dict]:
 
 
 def refuse(applies: bool, sentence: str) -> None:
+    """Ends the program with one sentence and exit code 2."""
     if applies:
         PARSER.error(sentence)
 
@@ -238,12 +237,6 @@ def respond(model, task, config: Settings, problems: list, samples: int, tempera
     return responses, pr2_mini.checked_rewards(rewards, len(problems), samples)
 
 
-def load(folder: Path, device: str = "cpu") -> dict:
-    """The checkpoint of a run, or what stands for it before the first."""
-    path = folder / "checkpoint.pt"
-    return torch.load(path, map_location=device) if path.exists() else {"history": []}
-
-
 def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
     """A run, or the rest of one, and if it is alone a report; returns the rows of metrics.jsonl."""
     lock = FileLock(folder / "run.lock")  # the system lets go of it when the process ends
@@ -251,6 +244,13 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         lock.acquire(timeout=0)
     except Timeout:
         PARSER.error(f"another process is at work in {folder}; wait for it")
+    checkpoint = folder / "checkpoint.pt"
+    state = {"history": []}
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=settings.device)
+    history = state["history"]
+    done = len(history)
+    refuse(done > settings.steps, f"{folder} has {done} rollout batches; give more --steps")
     save(json.dumps(vars(settings), indent=2), folder / "config.json")
 
     # Build.
@@ -265,28 +265,25 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
     model = untrained_model(task, settings)
     respond(model, task, config, examples, samples=2, temperature=1.0)  # a fault shows at once
     warm_up_or_load(model, task, settings)
+    before = respond(model, task, config, examples, samples=8, temperature=1.0)
     engine = pr2_mini.RolloutEngine(model, config)
     optimizer = pr2_mini.make_optimizer(model, config)
     rates = [group["lr"] for group in optimizer.param_groups]
 
     # Maybe resume. What was written after the last checkpoint is made again.
-    state = load(folder, settings.device)
-    history = state["history"]
     if history:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    else:
-        state["before"] = respond(model, task, config, examples, samples=8, temperature=1.0)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
 
     # Loop.
     routes = None
-    bar = tqdm(range(len(history) + 1, settings.steps + 1), f"RL with {settings.method}")
+    bar = tqdm(range(done + 1, settings.steps + 1), f"RL with {settings.method}")
     for step in bar:
         # Ours: Adam's first steps are as large as its rate allows and would scramble the routers.
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min(1.0, step / 10)
-        if alone and step == settings.steps and config.recorder:
+        if alone and config.recorder and step == settings.steps:
             routes = record_routes(model, engine, optimizer, config, task, examples)
 
         # One rollout batch.
@@ -315,12 +312,12 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         if tenth and not row["skipped"]:
             state["model"] = model.state_dict()
             state["optimizer"] = optimizer.state_dict()
-            save(state, folder / "checkpoint.pt")
+            save(state, checkpoint)
         bar.set_postfix(reward=f"{row['reward']:.2f}", refresh=False)
 
     if alone:
         after = respond(model, task, config, examples, samples=8, temperature=1.0)
-        report(history, examples, state["before"], after)
+        report(history, examples, before, after)
         if routes is not None:
             print_routes(model, config, task, routes)
         draw({settings.method: [history]}, folder / "run.png")
@@ -517,13 +514,10 @@ def draw(histories: dict[str, list[list[dict]]], path: Path) -> None:
 # --------------------------------------------------------------------------------------- 7. Main
 def read_config(folder: Path) -> list[str]:
     """The settings of a run's config.json, as flags."""
-    path = folder / "config.json"
-    refuse(not path.is_file(), f"{path} is missing; --resume takes the folder of a run")
     try:
-        settings = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        PARSER.error(f"{path} is damaged: expected the settings of a run as JSON")
-    refuse(not isinstance(settings, dict), f"{path} is damaged: expected a JSON object")
+        settings = dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        PARSER.error(f"{folder} has no config.json of a run; --resume takes the folder of a run")
     names = [name for name in settings if name not in ("eos", "pad")]  # those are the task's
     return [f"--{name.replace('_', '-')}={settings[name]}" for name in names]
 
@@ -539,13 +533,9 @@ def main(arguments: list[str]) -> None:
         others = given.keys() - {"resume", "steps"}
         refuse(bool(others), "only --steps may be given with --resume; all else is in config.json")
         settings, _ = parse(read_config(folder) + arguments)
-        done = len(load(folder)["history"])
-        refuse(done > settings.steps, f"{folder} has {done} rollout batches; give more --steps")
     elif folder.exists():
         files = {path.name for path in folder.iterdir()} - {"run.lock", "config.json.partial"}
-        refuse(
-            bool(files), f"{folder} is not empty; choose another --out or, if a run, --resume it"
-        )
+        refuse(bool(files), f"{folder} is not empty; choose another --out, or --resume a run")
     print(f"run               {folder}")
     if train(settings, folder)[-1]["skipped"]:
         raise SystemExit("the last update was skipped; checkpoint.pt is the last one before it")

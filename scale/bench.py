@@ -5,6 +5,7 @@ OMP_NUM_THREADS=1 python -m scale.bench        # minutes; the toy's model and se
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from unittest import mock
 
@@ -20,41 +21,38 @@ VARIANTS = {method: {"method": method} for method in pr2_mini.RECORDS}
 VARIANTS["pr3, momentum"] = {"method": "pr3", "prediction": "momentum"}
 
 
-def now() -> float:
-    """Milliseconds, when all that was asked for is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return 1000 * time.perf_counter()
+def timed(call: Callable, taken: list[float]) -> Callable:
+    """The call, which now adds to the list how many milliseconds it took."""
 
-
-def milliseconds(calls: list[Callable], rounds: int) -> list[list[float]]:
-    """Of every call, in turn, so that a slow spell of the machine hits all alike; the first round
-    only warms up."""
-    taken = [[] for _ in calls]
-    for _ in range(rounds + 1):
-        for call, times in zip(calls, taken, strict=True):
-            start = now()
-            call()
-            times.append(now() - start)
-    return [times[1:] for times in taken]
-
-
-class Timed:
-    """A function that counts the milliseconds of its calls."""
-
-    def __init__(self, function: Callable):
-        self.function = function
-        self.spent = 0.0
-
-    def __call__(self, *arguments):
-        start = now()
-        result = self.function(*arguments)
-        self.spent += now() - start
+    def timed_call(*arguments):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = call(*arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(1000 * (time.perf_counter() - start))
         return result
 
+    return timed_call
 
-def rl_steps(changes: dict, phases: list[Timed], kept: list) -> Callable:
-    """A function that makes an RL step and adds to `kept` what each of its phases took."""
+
+def in_turn(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call in each round. All take turns, so that a slow spell of the machine
+    hits all alike; the first round only warms up."""
+    taken = defaultdict(list)
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            timed(call, taken[name])()
+    return {name: times[1:] for name, times in taken.items()}
+
+
+def median_ratio(some: list[float], others: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(some, others, strict=True))
+
+
+def rl_step_of(changes: dict, phases: dict[str, list[float]]) -> Callable:
+    """A function that makes an RL step and adds to `phases` how long each of them took in all."""
     settings = train_toy.Settings(**changes, eos=(-1,))  # no response ends early
     task = train_toy.build_task(settings)
     settings.max_new_tokens = task.response_length
@@ -63,32 +61,32 @@ def rl_steps(changes: dict, phases: list[Timed], kept: list) -> Callable:
     optimizer = pr2_mini.make_optimizer(model, settings)
     problems = task.problems(settings.prompts, train_toy.generator_for("benchmark"))
     prompts, pads = [tensor.to(settings.device) for tensor in task.prompts(problems)]
+    arguments = (model, engine, optimizer, settings, prompts, pads, lambda seen: seen.tokens.sum(1))
 
     def step():
-        for phase in phases:
-            phase.spent = 0.0
-        pr2_mini.rl_step(
-            model, engine, optimizer, settings, prompts, pads, lambda seen: seen.tokens.sum(1)
-        )
-        kept.append([phase.spent for phase in phases])
+        calls = {"roll_out": [], "old_pass": []}  # of which old_pass is called kappa times
+        clocks = {name: timed(getattr(pr2_mini, name), taken) for name, taken in calls.items()}
+        with mock.patch.multiple(pr2_mini, **clocks):
+            pr2_mini.rl_step(*arguments)
+        for name, taken in calls.items():
+            phases[name].append(sum(taken))
 
     return step
 
 
 def time_phases(rounds: int) -> None:
     """A table with a row for each method."""
-    phases = [Timed(pr2_mini.roll_out), Timed(pr2_mini.old_pass)]
-    kept = {name: [] for name in VARIANTS}
-    steps = [rl_steps(changes, phases, kept[name]) for name, changes in VARIANTS.items()]
-    with mock.patch.multiple(pr2_mini, roll_out=phases[0], old_pass=phases[1]):
-        taken = milliseconds(steps, rounds)
+    phases = {name: defaultdict(list) for name in VARIANTS}
+    steps = {name: rl_step_of(changes, phases[name]) for name, changes in VARIANTS.items()}
+    taken = in_turn(steps, rounds)
     print("\n| RL step, ms | rollout | old pass | update | whole | over grpo |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name, times in zip(VARIANTS, taken, strict=True):
-        rollout, old_pass = map(statistics.median, zip(*kept[name][1:], strict=True))
+    for name, times in taken.items():
         whole = statistics.median(times)
-        over = statistics.median(a / b for a, b in zip(times, taken[0], strict=True)) - 1
+        rollout = statistics.median(phases[name]["roll_out"][1:])
+        old_pass = statistics.median(phases[name]["old_pass"][1:])
         update = whole - rollout - old_pass
+        over = median_ratio(times, taken["grpo"]) - 1
         print(f"| {name} | {rollout:.0f} | {old_pass:.0f} | {update:.0f} | {whole:.0f}", end="")
         print(f" | {over:+.1%} |")
 
@@ -103,6 +101,7 @@ def time_beside_transformers(rounds: int) -> None:
         hf_config, experts_implementation="grouped_mm"
     ).to(device)
     rl = RLConfig(samples=8, max_new_tokens=16, eos=(-1,))
+    sampling = {"do_sample": True, "num_return_sequences": 8, "max_new_tokens": 16}
     ids = torch.randint(2, 32, (512, 28), device=device)
     prompts = ids[:64, :12]
     pads = torch.zeros(64, dtype=torch.int64, device=device)
@@ -110,23 +109,20 @@ def time_beside_transformers(rounds: int) -> None:
     def train_on(logits):
         F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
 
-    def sample_theirs():
-        peer.generate(prompts, do_sample=True, num_return_sequences=8, max_new_tokens=16)
-
-    calls = [
-        lambda: train_on(model(ids)[0]),
-        lambda: train_on(peer(input_ids=ids, use_cache=False).logits),
-        lambda: generate(model, rl, prompts, pads),
-        sample_theirs,
-    ]
-    taken = milliseconds(calls, rounds)
+    calls = {
+        "training step": lambda: train_on(model(ids)[0]),
+        "their training step": lambda: train_on(peer(input_ids=ids, use_cache=False).logits),
+        "generation": lambda: generate(model, rl, prompts, pads),
+        "their generation": lambda: peer.generate(prompts, **sampling),
+    }
+    taken = in_turn(calls, rounds)
     print(f"\n| transformers {transformers.__version__} | pr2_mini, ms | theirs, ms | ratio |")
     print("| --- | --- | --- | --- |")
-    for name, own, other in (("training step", 0, 1), ("generation", 2, 3)):
-        ours = statistics.median(taken[own])
-        theirs = statistics.median(taken[other])
-        ratio = statistics.median(b / a for a, b in zip(taken[own], taken[other], strict=True))
-        print(f"| {name} | {ours:.0f} | {theirs:.0f} | {ratio:.2f} |")
+    for name in ("training step", "generation"):
+        ours = taken[name]
+        theirs = taken[f"their {name}"]
+        medians = f"{statistics.median(ours):.0f} | {statistics.median(theirs):.0f}"
+        print(f"| {name} | {medians} | {median_ratio(theirs, ours):.2f} |")
 
 
 def main(rounds: int = 20) -> None:

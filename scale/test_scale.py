@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -22,6 +23,8 @@ from filelock import FileLock
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from test_pr2_mini import close, draws, parametrize, randomise_predictor, same_bits, table
+
 pytest.importorskip("transformers", reason="pip install transformers math-verify")
 pytest.importorskip("math_verify", reason="pip install transformers math-verify")
 import transformers
@@ -35,31 +38,7 @@ from scale.processes import PROCESSES, RANK, PiecewiseEngine
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-torch.set_num_threads(1)  # the tensors are tiny; a second thread would only wait
-parametrize = pytest.mark.parametrize
 FAMILIES = ["qwen3_moe", "olmoe", "mixtral"]
-
-
-def draws(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def close(actual, expected, tolerance=1e-5):
-    """Equal but for float32 sums taken in another order."""
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def same_bits(some, others):
-    """Of two dictionaries of tensors."""
-    torch.testing.assert_close(some, others, rtol=0, atol=0)
-
-
-def randomise_predictor(model):
-    """A predictor that changes about half of the routes."""
-    torch.manual_seed(1)
-    for router in model.routers:
-        nn.init.normal_(router.predictor, std=0.1)
-    return model
 
 
 # ------------------------------------------------------------------------------ 1. Checkpoints
@@ -105,26 +84,25 @@ def agree(model, theirs, **forward):
     assert clear.float().mean() > 0.9 and same[clear].all()
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+VARIANTS = [(kind, {}) for kind in FAMILIES]
+VARIANTS += [("qwen3_moe", {"norm_topk_prob": False}), ("olmoe", {"norm_topk_prob": True})]
+
+
+@pytest.fixture(scope="session", params=VARIANTS, ids=str)
 def saved(request, tmp_path_factory):
     """A folder, the model of transformers that it holds, and ours with a W_p."""
-    folder = tmp_path_factory.mktemp(request.param)
-    theirs = hf_model(request.param, folder / "model")
-    ours = randomise_predictor(checkpoints.load(folder / "model"))
-    return SimpleNamespace(folder=folder / "model", theirs=theirs, ours=ours)
+    kind, changes = request.param
+    folder = tmp_path_factory.mktemp(kind) / "model"
+    theirs = hf_model(kind, folder, **changes)
+    return SimpleNamespace(
+        folder=folder, theirs=theirs, ours=randomise_predictor(checkpoints.load(folder))
+    )
 
 
 @parametrize("replayed", [False, True])
 def test_loaded_model_routes_and_computes_as_transformers_does(replayed, saved):
     _, trace = saved.ours(TOKENS, PADS)
     agree(saved.ours, saved.theirs, replay=trace.experts.flip(-1) if replayed else None)
-
-
-@parametrize("kind", ["qwen3_moe", "olmoe"])
-@parametrize("value", [True, False])
-def test_loaded_model_renormalises_as_its_config_says(kind, value, tmp_path):
-    theirs = hf_model(kind, tmp_path, norm_topk_prob=value)
-    agree(checkpoints.load(tmp_path), theirs)
 
 
 def test_stacked_experts_are_taken_without_a_copy(saved, monkeypatch):
@@ -193,30 +171,22 @@ def test_folder_that_exists_is_not_written_over(saved, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-NOT_IMPLEMENTED = {
-    "model_type": "qwen2_moe",
-    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
-    "sliding_window": 16,
-    "attention_bias": True,
-    "clip_qkv": 8.0,
-    "hidden_act": "gelu",
-    "mlp_only_layers": [0],
-    "decoder_sparse_step": 2,
-    "tie_word_embeddings": True,
-    "quantization_config": {"quant_method": "fp8"},
-    "intermediate_size": 20,  # which grouped products cannot take
-}
-
-
 def edit_config(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@parametrize("name", NOT_IMPLEMENTED)
-def test_config_that_is_not_implemented_is_refused_by_name(name, tmp_path):
+@table(
+    ("name", "value"),
+    ("model_type", "qwen2_moe"),
+    ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+    ("sliding_window", 16),
+    ("tie_word_embeddings", True),
+    ("intermediate_size", 20),  # which grouped products cannot take
+)
+def test_config_that_is_not_implemented_is_refused_by_name(name, value, tmp_path):
     hf_model("olmoe", tmp_path)
-    edit_config(tmp_path, **{name: NOT_IMPLEMENTED[name]})
+    edit_config(tmp_path, **{name: value})
     with pytest.raises(CheckpointError, match=name.replace("_", ".")):  # "rope scaling"
         checkpoints.load(tmp_path)
 
@@ -231,15 +201,13 @@ def pickle_weights(folder):  # which could run code when they are read
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-@parametrize(
+@table(
     ("damage", "message"),
-    [
-        (rename_a_weight, f"do not fit .*missing_keys.*{GATE}.*unexpected_keys.*extra"),
-        (pickle_weights, "cannot be read"),
-        (lambda folder: os.truncate(folder / "model.safetensors", 50), "cannot be read"),
-        (lambda folder: os.truncate(folder / "predictor/model.safetensors", 50), "cannot be read"),
-        (lambda folder: os.truncate(folder / "config.json", 50), "no config.json that can be read"),
-    ],
+    (rename_a_weight, f"do not fit .*missing_keys.*{GATE}.*unexpected_keys.*extra"),
+    (pickle_weights, "cannot be read"),
+    (lambda folder: os.truncate(folder / "model.safetensors", 50), "cannot be read"),
+    (lambda folder: os.truncate(folder / "predictor/model.safetensors", 50), "cannot be read"),
+    (lambda folder: os.truncate(folder / "config.json", 50), "no config.json that can be read"),
 )
 def test_damaged_folder_is_refused(damage, message, tmp_path):
     hf_model("olmoe", tmp_path / "model")
@@ -569,18 +537,16 @@ def test_second_job_in_a_folder_is_refused(small, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
 
 
-@parametrize(
+@table(
     ("flags", "message"),
-    [
-        ("--method ppo", "argument --method: invalid choice: 'ppo'"),
-        ("--prompts 3", "prompts must be a multiple of 2"),
-        ("--checkpoint nowhere", "there is no file nowhere/config.json"),
-        ("--data /dev/null", "/dev/null"),
-        ("--max-new-tokens 999", "exceed the model's 256 positions; lower --max-new-tokens"),
-        ("--engine vllm --rollout-dtype fp8", "vLLM rolls out in fp32 or bf16"),
-        ("--alpha -1", "alpha is -1.0; expected 0 or more"),
-        ("--resume nowhere --steps 3", "--resume goes with"),
-    ],
+    ("--method ppo", "argument --method: invalid choice: 'ppo'"),
+    ("--prompts 3", "prompts must be a multiple of 2"),
+    ("--checkpoint nowhere", "there is no file nowhere/config.json"),
+    ("--data /dev/null", "/dev/null"),
+    ("--max-new-tokens 999", "exceed the model's 256 positions; lower --max-new-tokens"),
+    ("--engine vllm --rollout-dtype fp8", "vLLM rolls out in fp32 or bf16"),
+    ("--alpha -1", "alpha is -1.0; expected 0 or more"),
+    ("--resume nowhere --steps 3", "--resume goes with"),
 )
 def test_mistake_on_the_command_line_is_one_sentence_and_writes_nothing(
     flags, message, small, tmp_path
@@ -833,17 +799,15 @@ def test_metrics_are_tracked_in_one_run_without_repeated_steps(
 
 
 def test_benchmark_prints_its_rows(capsys, monkeypatch):
-    def call_all(calls, rounds):
-        for call in calls + calls[:6]:  # the six methods a second time, as after a warm-up
+    def in_turn(calls, rounds):
+        for call in [*calls.values(), *calls.values()]:  # a warm-up and a round
             call()
-        return [[2.0], [4.0], [2.0], [5.0], [3.0], [2.0]][: len(calls)]
+        return dict(zip(calls, [[2.0], [4.0], [2.0], [5.0], [3.0], [2.0]], strict=False))
 
     quick = {name: changes | {"prompts": 4} for name, changes in bench.VARIANTS.items()}
     monkeypatch.setattr(bench, "VARIANTS", quick)
-    monkeypatch.setattr(bench, "milliseconds", call_all)
-    monkeypatch.setattr(bench.Timed, "__call__", lambda timed, *given: timed.function(*given))
+    monkeypatch.setattr(bench, "in_turn", in_turn)
     bench.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[4] == "| grpo | 0 | 0 | 2 | 2 | +0.0% |"
-    assert lines[8] == "| pr3 | 0 | 0 | 3 | 3 | +50.0% |"
-    assert lines[-2:] == ["| training step | 2 | 4 | 2.00 |", "| generation | 2 | 5 | 2.50 |"]
+    output = capsys.readouterr().out
+    assert re.search(r"\| pr3 \| \d+ \| \d+ \| -?\d+ \| 3 \| \+50.0% \|", output)
+    assert "| training step | 2 | 4 | 2.00 |\n| generation | 2 | 5 | 2.50 |" in output
