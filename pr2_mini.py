@@ -5,7 +5,7 @@ small router scores highest. In reinforcement learning (RL) a rollout engine, a 
 a copy of the weights and a rounding of its own, samples a batch of responses. The training engine
 cuts the batch into kappa pieces and makes one update on each. When the last piece is trained, the
 weights are kappa - 1 updates newer than those that sampled it. Each update moves the routers, and a
-token that went through experts 3 and 7 before the first may go through 3 and 9 when it is trained.
+token that went through experts 3 and 7 with the old weights may go through 3 and 9 in training.
 The PPO ratio pi_theta / pi_old then compares two different sub-networks and can explode: router
 drift. Routing replay records the expert set of each token in each layer once, its route, and forces
 it from then on: R2, vanilla routing replay, records in the training engine before the first update,
@@ -15,10 +15,10 @@ set goes stale: an expert that the router has since come to prefer gets no gradi
 The idea. PR2 keeps the replay but records a *prediction*: the experts that the router will want by
 the time the token is trained. A router's logits are p = h W, where h is its input, and they change
 mostly because W changes: p_new - p_old is about h (W_new - W_old), linear in h. So a second matrix
-W_p beside W learns, from the second piece of every batch on, the change of the logits since the
-rollout, as m h W_p; betting that the next batch drifts alike, PR2 records the top-k of p + m h W_p.
-The horizon m (ours; the paper has 1) rises linearly from 0 for the piece that is trained first, and
-so is recorded without prediction, to 1 for the last; W_p stands for the change over a batch. Pieces
+W_p beside W, kept across batches, is trained from the second piece of each on, so that m h W_p is
+the change of the logits since the rollout. Betting that the next batch drifts alike, PR2 records
+the top-k of p + m h W_p. The horizon m (ours; the paper has 1) grows linearly with the piece, from
+0 for the first (so no prediction) to 1 for the last: W_p is the change over a batch. Pieces
 are consecutive prompts: the m of each is known before it is sampled. Experts that are about to be
 chosen get their gradient in time. In the training engine replay and prediction only *pick* the set;
 how much each expert counts is the current router's softmax, and through that the router learns. W_p
@@ -35,8 +35,8 @@ One rollout batch in short (of pr3, the default; rl_step is this in full):
             loss += KL( softmax(p).detach() || softmax(p_old + m h_old W_p) )  trains W_p alone
         update
 
-Notation (the paper's; shapes for one layer and one token). Weights are stored as torch.nn.Linear
-stores them, (N, D), so p = h W reads F.linear(h, weight).
+Notation (shapes for one layer and one token). Weights are stored as torch.nn.Linear stores them,
+(N, D), so p = h W reads F.linear(h, weight).
   mu_old           the policy that sampled: the rollout engine's, whose router is W; pr3: W + m W_p
   pi_old, pi_theta the training engine's policy, with theta_old; with today's weights theta
   h                input of the router                                                  D
@@ -49,7 +49,7 @@ stores them, (N, D), so p = h W reads F.linear(h, weight).
   alpha            learning rate of W_p divided by that of W
   Q, G, P, C       prompts in a batch; responses to each; longest prompt; longest response
   L, N, k, D       layers; experts in each; those of a token; width of h
-  B, T, R, c       rows, positions of a pass; responses of a micro-batch, the longest of them
+  B, T, R, c       rows, positions of a pass; responses of a micro-batch, length of the longest
   n, n'            response tokens of a micro-batch; those of them that W_p learns from
 
 The table of passes: which experts run in which. pr2 is r2, and pr3 is r3, with prediction.
@@ -60,12 +60,12 @@ The table of passes: which experts run in which. pr2 is r2, and pr3 is r3, with 
   r3       top-k of rho          replay of the rollout               replay of the rollout
   pr3      top-k of rho_hat      replay of the rollout               replay of the rollout
 In the training engine rho weighs them, always. The rollout engine of pr3 is an ordinary MoE whose
-router is W + m W_p, so there rho_hat picks and weighs; PPO's ratio, which is against pi_old, does
-not see that (tis_cap can correct for it). The default, pr3, is what the paper's abstract describes,
+router is W + m W_p, so there rho_hat picks and weighs; PPO's ratio, pi_theta / pi_old, leaves that
+uncorrected (tis_cap can correct for it). The default, pr3, is what the paper's abstract describes,
 pr2 what its main tables were run with: take pr2 where the engine's router is not yours to set.
 
 A *deviation* is a replayed expert that today's router would not choose, for one token in one layer.
-The *stale counterfactual*: how many there would be now, had the top-k of p_old been replayed.
+The *stale counterfactual*: how many of the top-k of p_old it would not choose, on the same logits.
 
 Part I is the method. Part II is what it stands on: a transformer and a sampler. Part III is a task.
 Paper: Dong et al., arXiv:2606.00395. What is not the paper's is marked "ours".
@@ -174,7 +174,7 @@ class Rollout(NamedTuple):
 @dataclass
 class MicroBatch:
     """R responses that are trained in one pass, cut after the longest, and what theta_old says of
-    them. Column j is predicted at position j - 1: with P = 3, c = 2 columns 3, 4 are, at 2, 3."""
+    them. The logits at position j - 1 are of token j, those at P - 1 .. P + c - 2 of responses."""
 
     tokens: Tensor  # (R, P + c) int64
     pads: Tensor  # (R,)
@@ -212,7 +212,7 @@ class RLConfig:
     matching: Literal["post", "delta"] = "post"  # what a learned predictor matches
     alpha: float = 0.1  # learning rate of the predictors W_p divided by the routers'
     feature_share: float = 1.0  # share of the tokens whose h_old is kept to train W_p
-    tis_cap: float = 0.0  # truncated importance sampling: the most of pi_old / mu_old; 0: without
+    tis_cap: float = 0.0  # tokens weigh min(pi_old / mu_old, this), truncated importance; 0: do not
     samples: int = 8  # G, responses to each prompt
     max_new_tokens: int = 16  # C, longest response
     temperature: float = 1.0  # of sampling; above 0 in training, 0 is greedy
@@ -285,7 +285,7 @@ def rl_step(model, engine, optimizer, config, prompts, pads, reward, generator=N
     engine     a RolloutEngine, or any object with its `load` and `sample`
     prompts    (Q, P) int64, left-padded; pads (Q,) how many positions of each are padding
     reward     a function from the Rollout to (Q * G,) floats
-    Of several processes (scale/) each has prompts of its own; the metrics are those of all.
+    Under torch.distributed (folder scale/) each process has Q prompts; the metrics are of all.
     A metric "name/i" belongs to mini-step i; section 6 says what they mean.
     """
     Q = len(prompts)
@@ -332,7 +332,7 @@ def rl_step(model, engine, optimizer, config, prompts, pads, reward, generator=N
             loss = policy_loss(log_ratio, batch, config, n_tokens, n_sequences=Q * G // kappa)
             sums["loss"] += loss.detach()
 
-            # W_p learns what it should have said, if it is learned at all, and from i = 2 on: at 1,
+            # old_pass keeps h_old for pr2 and pr3, if W_p is learned, and for i > 1 only: at i = 1,
             # where p still is p_old, m = 0 gives no gradient, and m = 1 would teach "no change".
             if batch.h_old is not None:
                 layers = zip(model.routers, batch.h_old, strict=True)
@@ -403,7 +403,7 @@ def old_pass(model, config: RLConfig, rollout: Rollout, advantages, rows, i: int
         batch.route = trace.experts
     batch.stale = trace.logits.topk(route.shape[-1]).indices  # by rho, whatever was recorded
     # The features that W_p will learn from. For each token h_old has L x D numbers, by far the most
-    # that PR2 keeps: 200 kB in bfloat16 at L = 48, D = 2048. All methods draw, to sample alike.
+    # that PR2 keeps: 200 kB in bfloat16 at L = 48, D = 2048. All methods draw: same random stream.
     draws = torch.rand(int(mask.sum()), generator=generator, device=mask.device)
     batch.kept = draws < config.feature_share
     if config.predicts and config.prediction == "learned" and i > 1:
@@ -414,8 +414,8 @@ def old_pass(model, config: RLConfig, rollout: Rollout, advantages, rows, i: int
 
 def replay_of(batch: MicroBatch, config: RLConfig, updates: bool) -> Tensor | None:
     """The route that the old pass or an update replays, or None where its routers choose: the last
-    two columns of the table of passes. To replay a part, change this and Router.forward. A wrong
-    change shows as "log_ratio_max/1" above 0 if engines' routes differ: try rollout_dtype "fp8"."""
+    two columns of the table of passes. To replay a part, change this and Router.forward. Old pass
+    and update must agree, or "log_ratio_max/1" > 0; engines that agree hide it: test with "fp8"."""
     records = config.recorder == "training" and not updates  # what the updates will replay
     return None if records or config.recorder is None else batch.route
 
@@ -444,7 +444,7 @@ def update(optimizer, config: RLConfig) -> dict[str, Tensor]:
 
 
 def gradient_norm(parameters: list[Tensor]) -> Tensor:
-    """The norm of all gradients together, a plain number if the model is sharded (scale/), too."""
+    """The norm of all gradients together, a plain tensor if the model is sharded (scale/), too."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return torch.tensor(float(norm))
 
@@ -500,7 +500,7 @@ def policy_loss(log_ratio, batch: MicroBatch, config, n_tokens, n_sequences: int
 
 # --------------------------------------------------------------------------- 6. What is measured
 # Nothing here affects training. `measure` returns means over layers, summed over tokens; rl_step
-# divides by the token count and adds losses, log_ratio_max (absolute), grad_norm and skipped.
+# divides by how many they are and adds losses, log_ratio_max (absolute), grad_norm and skipped.
 def overlap(route: Tensor, other: Tensor) -> Tensor:
     """(..., k), (..., k) -> (...), how many experts two sets have in common, in any order."""
     return (route.unsqueeze(-1) == other.unsqueeze(-2)).sum((-1, -2))
@@ -526,8 +526,8 @@ def measure(model, log_ratio, batch: MicroBatch, trace: Trace, config) -> dict[s
     }
     sums = {name: values.float().mean(0).sum() for name, values in by_layer.items()}
     if batch.h_old is not None:
-        # What a perfect W_p would have recorded for the n' kept tokens: the top-k of h_old W, with
-        # today's W. It misses where inputs have moved.
+        # What a perfect W_p would record in an old pass, for the kept tokens: the top-k of h_old W,
+        # with today's W. It misses where inputs have moved.
         layers = zip(model.routers, batch.h_old, strict=True)
         ideal = torch.stack([router(h_old)[1] for router, h_old in layers])
         sums["ideal_agreement"] = (overlap(ideal, current[:, batch.kept]) / k).mean(0).sum()
