@@ -82,8 +82,7 @@ def parser_of(settings: type, usage: str) -> ArgumentParser:
         kind = type(field.default)
         if field.name not in comments or kind not in (int, float, str):
             raise ValueError(
-                f"setting {field.name}: expected an int, a float or a str as default, and behind it"
-                " a comment, which is the flag's help; for a switch take 0 and 1, or two words"
+                f"{field.name}: expected an int, a float or a str, and a comment as help"
             )
         text = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
         flag = "--" + field.name.replace("_", "-")
@@ -254,7 +253,6 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
     save(json.dumps(vars(settings), indent=2), folder / "config.json")
 
     # Build.
-    mini_steps = range(1, settings.mini_steps + 1)
     task = build_task(settings)
     length = settings.max_new_tokens or task.response_length
     config = replace(settings, max_new_tokens=length, eos=task.eos, pad=task.pad)
@@ -294,9 +292,9 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         start = time.perf_counter()
         row = pr2_mini.rl_step(model, engine, optimizer, config, prompts, pads, reward, generator)
         row["seconds"] = time.perf_counter() - start
-        log_ratio = max(row[f"log_ratio_max/{i}"] for i in mini_steps)
+        log_ratio = max(row[f"log_ratio_max/{i}"] for i in mini_steps_of(row))
         row["largest_ratio"] = math.exp(min(700.0, log_ratio))  # pi_theta / pi_old or its inverse
-        row["skipped"] = sum(row[f"skipped/{i}"] for i in mini_steps)
+        row["skipped"] = sum(row[f"skipped/{i}"] for i in mini_steps_of(row))
 
         # Evaluate the training model on problems that are never trained on.
         tenth = step % 10 == 0 or step in (1, settings.steps)
