@@ -81,9 +81,7 @@ def parser_of(settings: type, usage: str) -> ArgumentParser:
             continue
         kind = type(field.default)
         if field.name not in comments or kind not in (int, float, str):
-            raise ValueError(
-                f"{field.name}: expected an int, a float or a str, and a comment as help"
-            )
+            raise ValueError(f"{field.name}: expected an int, a float or a str, and a comment")
         text = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=kind, choices=get_args(field.type) or None, help=text)
