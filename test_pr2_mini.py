@@ -752,16 +752,16 @@ SMALL = (
 )
 
 
-def toy(flags, figures=False):
-    """What `python train_toy.py FLAGS` prints, in this process, and its exit code."""
+def toy(flags, figures=False, main=train_toy.main):
+    """What a program, `python train_toy.py FLAGS`, prints in this process, and its exit code."""
     code = 0
     output = io.StringIO()
     errors = io.StringIO()
     # As if matplotlib were not installed: drawing takes longer than the run.
-    missing = mock.patch.dict(sys.modules, {} if figures else {"matplotlib": None})
-    with missing, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+    hide = contextlib.nullcontext() if figures else mock.patch.dict("sys.modules", matplotlib=None)
+    with hide, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
-            train_toy.main(flags.split())
+            main(flags.split())
         except SystemExit as stop:
             code = stop.code
     gc.collect()  # a run that was killed lets go of its lock
@@ -908,7 +908,7 @@ def test_folder_at_which_another_process_is_at_work_is_refused(finished):
         assert "another process is at work" in refusal(f"--resume {finished.folder} --steps 4")
 
 
-def killed(flags, moment, owner, name, call):
+def killed(flags, moment, owner, name, call, run=toy):
     """A run that ends before, during or after owner.name does its work for that time."""
     function = getattr(owner, name)
     calls = []
@@ -923,7 +923,7 @@ def killed(flags, moment, owner, name, call):
         return result
 
     with mock.patch.object(owner, name, dying):
-        assert toy(flags).code == "killed"
+        assert run(flags).code == "killed"
 
 
 @table(

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
 import train_toy
-from pr2_mini import MoETransformer
+from pr2_mini import AdditionTask, ModelConfig, MoETransformer
 from scale import checkpoints
 from scale.questions import Questions
 from scale.train import Settings
@@ -55,14 +54,8 @@ class Sums(Questions):
 
     def __init__(self, settings: Settings, hf_config):
         super().__init__(settings, hf_config)
-        self.prompt_length = self.longest
+        self.prompt_length = self.longest  # of all: each question has as many words
         self.response_length = 2 * self.longest
-
-    def prompts(self, problems: list, device: str = "cpu") -> tuple[Tensor, Tensor]:
-        """(Q, prompt_length) int64 ids, padded on the left, and (Q,) by how much."""
-        tokens, pads = super().prompts(problems, device)
-        missing = self.prompt_length - tokens.shape[1]
-        return F.pad(tokens, (missing, 0), value=self.pad), pads + missing
 
     def solutions(self, problems: list, slip: float, generator: torch.Generator) -> Tensor:
         """(Q, response_length) int64 ids, padded on the right; each sum is off by one with
@@ -70,15 +63,11 @@ class Sums(Questions):
         solutions = torch.full((len(problems), self.response_length), self.pad)
         for row, problem in enumerate(problems):
             words = problem.text.removeprefix("What is ").removesuffix("?").split(" plus ")
-            total, *others = map(NUMBERS.index, words)
-            text = ""
-            for number in others:
-                total += number
-                slips, sign = torch.rand(2, generator=generator).tolist()
-                if slips < slip:
-                    total = max(0, total + (1 if sign < 0.5 else -1))
-                text += f"{total} "
-            text = f"{text.removesuffix(f'{total} ')}\\boxed{{{total}}}<end>"
+            toy = AdditionTask(operands=len(words))
+            question = "+".join(str(NUMBERS.index(word)) for word in words)
+            (text,) = toy.decode(toy.solutions([question], slip, generator))  # "5,6."
+            *sums, total = text.rstrip(".").split(",")
+            text = " ".join([*sums, f"\\boxed{{{total}}}<end>"])
             ids = self.tokenizer.encode(text, add_special_tokens=False)
             solutions[row, : len(ids)] = torch.tensor(ids)
         return solutions
@@ -92,18 +81,11 @@ def make(folder: Path, numbers: int = 6, largest: int = 3, slip: float = 0.1, st
             question = f"What is {' plus '.join(NUMBERS[number] for number in addends)}?"
             row = {"question": question, "answer": f"We add them up.\n#### {sum(addends)}"}
             file.write(json.dumps(row) + "\n")
+    # vLLM on CPUs takes no head_dim of 16.
+    config = ModelConfig(len(WORDS), num_attention_heads=2, head_dim=32)
     hf_config = transformers.Qwen3MoeConfig(
+        **vars(config),
         architectures=["Qwen3MoeForCausalLM"],
-        vocab_size=len(WORDS),
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        moe_intermediate_size=32,
-        num_experts=32,
-        num_experts_per_tok=4,
-        norm_topk_prob=True,
         max_position_embeddings=256,
         eos_token_id=[1, 5],  # <eos> and what the template ends a turn with
         pad_token_id=0,
@@ -113,7 +95,7 @@ def make(folder: Path, numbers: int = 6, largest: int = 3, slip: float = 0.1, st
         save_tokenizer(Path(untrained))
         settings = Settings(checkpoint=untrained, data=str(folder / "sums.jsonl"))
         torch.manual_seed(0)
-        model = MoETransformer(checkpoints.model_of(hf_config).config)
+        model = MoETransformer(config)
         toy = train_toy.Settings(warm_up=steps, slip=slip, device="cpu")
         train_toy.warm_up(model, Sums(settings, hf_config), toy)
         checkpoints.save(model, untrained, folder / "model")

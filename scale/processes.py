@@ -9,14 +9,15 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from pr2_mini import MoETransformer, Rollout, RolloutEngine, join
@@ -26,7 +27,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets both
 
 
 def start(device: str) -> dist.DeviceMesh:
-    """The mesh of all processes, or of a single one: FSDP keeps float32, and computes in bf16."""
+    """The mesh of all processes, or of this one alone."""
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     store = dist.HashStore() if PROCESSES == 1 else None  # None: torchrun's
@@ -59,19 +60,12 @@ def shard(model: MoETransformer, mesh, dtype: torch.dtype | None, trains: bool) 
     model.to_empty(device=mesh.device_type)
 
 
-@torch.no_grad()
-def fill(model: MoETransformer, weights: dict[str, Tensor]) -> None:
-    """Gives every process its part of the weights, which the first has, in any dtype. One tensor
-    at a time is whole."""
-    for name, parameter in model.state_dict().items():
-        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-        if RANK == 0:
-            whole.copy_(weights[name])
-        if isinstance(parameter, DTensor):
-            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
-        else:
-            dist.broadcast(whole, src=0)
-            parameter.copy_(whole)
+def fill(model: MoETransformer, load: Callable[[], MoETransformer]) -> None:
+    """Gives every process its part of what `load` returns in the first one, in any dtype. One
+    tensor at a time is whole."""
+    weights = load().state_dict() if RANK == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
 
 
 class PiecewiseEngine(RolloutEngine):
@@ -80,13 +74,13 @@ class PiecewiseEngine(RolloutEngine):
 
     def __init__(self, model: MoETransformer, settings, most: int):
         super().__init__(model, settings)
-        self.prompts = max(1, most // settings.samples)
+        self.prompts_at_once = max(1, most // settings.samples)
 
     def sample(self, prompts: Tensor, pads: Tensor, generator=None) -> Rollout:
         """As RolloutEngine.sample."""
         parts = []
-        splits = zip(prompts.split(self.prompts), pads.split(self.prompts), strict=True)
-        for some_prompts, some_pads in splits:
+        pieces = prompts.split(self.prompts_at_once)
+        for some_prompts, some_pads in zip(pieces, pads.split(len(pieces[0])), strict=True):
             parts.append(super().sample(some_prompts, some_pads, generator))
         return join(parts)
 
@@ -121,7 +115,9 @@ def save_run(folder: Path, tensors: dict[str, Tensor], history: list[dict]) -> N
     dcp.save(tensors, checkpoint_id=partial)
     if RANK == 0:
         (partial / "history.json").write_text(json.dumps(history))
-        partial.rename(folder / f"step-{len(history)}")
+        complete = folder / f"step-{len(history)}"
+        shutil.rmtree(complete, ignore_errors=True)  # what is there has no history.json
+        partial.rename(complete)
         for old in checkpoints_of(folder)[:-2]:
             shutil.rmtree(old)
 

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import zlib
+from collections import defaultdict
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -31,10 +32,7 @@ class DataError(ValueError):
 def read_questions(path: str) -> list[tuple[str, str]]:
     """(question, answer) of each line: of an answer with #### what follows it, as in GSM8K, of a
     number all its digits. Only the last lines may be blank: pair n is of line n."""
-    try:
-        lines = Path(path).read_bytes().rstrip().split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; name a file") from error
+    lines = Path(path).read_bytes().rstrip().split(b"\n")
     pairs = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -69,15 +67,16 @@ SPELLINGS = [  # rewritten in this order, in answers and in responses
     (r"\\(?:left|right)(?![a-z])|\\?\$|\\[()\[\]]", ""),  # also currency
     (r"\\(?:text|math)[a-z]*\s?\{([^{}]*)\}", r" \1 "),
     (r"\\?%|\s?\bpercent\b", r"\\%"),
+    (r"(?<=[A-Za-z]{2})\*\*", " "),  # bold
     (r"(?<=\w)\*\*(?=\w)", "^"),
-    (r"\*\*", ""),  # bold
+    (r"\*\*", ""),
     (r"\bnot\s+[-\d]\S*", ""),  # "12, not 13"
     (r"\\[dt]frac", r"\\frac"),
     (r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}"),
     (r"(?<![\w.^/})])(\d+)\s?/\s?(\d+)(?!\w|\s?[\^/(\\]|\.\d)", r"\\frac{\1}{\2}"),
 ]
 THOUSANDS = re.compile(r"(?<![\d.,(\[{])\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!,?\d)")
-FRACTION = re.compile(r"(?<![\w.])(\d*)\s?\\frac\{(\d+)\}\{(0*[1-9]\d*)\}")  # 3 1/2 is one, too
+FRACTION = re.compile(r"(?<![\w.^])(\d*)\s?\\frac\{(\d+)\}\{(0*[1-9]\d*)\}")  # 3 1/2 is one, too
 NUMBER = re.compile(r"(?<![\w.])(\d*\.?\d+(?:[eE][+-]?\d{1,3}(?!\w))?)")
 WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[\s'.,-]+[^\W\d_]+)*")
 DOUBTFUL = re.compile(
@@ -100,7 +99,7 @@ PROSE = re.compile(  # what stands between the formulas of a text
 def judge(answer: str, response: str) -> float:
     """1.0 where a response gives the answer, else 0.0. Of the response counts what follows its
     thoughts and the last ####, and of that the last \\boxed{}, else the last "answer is", else the
-    last line, else its last formula. An answer that cannot be read is a DataError."""
+    last line or the last formula. An answer that cannot be read is a DataError."""
     gold = read(clean(answer))
     if not gold:
         raise DataError(f"answer {answer!r} cannot be read; expected a number, LaTeX or words")
@@ -203,8 +202,7 @@ class Questions:
         self.opening = "<think>" if thinks else ""  # of all responses
         self.checksum = 0  # of all prompts and answers: a run goes on with the same ones only
         self.parts = {True: [], False: []}  # held out or not
-        unread = []  # line numbers
-        too_long = []
+        self.left_out = defaultdict(list)  # numbers of lines, by reason
         texts = {}  # by ids
         for line, (text, answer) in enumerate(pairs, start=1):
             question = Question(text, read(clean(answer)), self.encode(text))
@@ -216,20 +214,15 @@ class Questions:
                     "prompt; remove one of them"
                 )
             if not question.gold:
-                unread.append(line)
+                self.left_out["answers that cannot be read"].append(line)
             elif len(question.ids) > settings.prompt_length:
-                too_long.append(line)
+                self.left_out[f"prompts of more than {settings.prompt_length} tokens"].append(line)
             else:
                 self.parts[zlib.crc32(text.strip().encode()) % 8 == 0].append(question)
-        self.left_out = {}
-        reason = f"prompts of more than {settings.prompt_length} tokens"
-        for name, lines in (("answers that cannot be read", unread), (reason, too_long)):
-            if lines:
-                self.left_out[f"{name}, the first in line {lines[0]}"] = len(lines)
         if not self.parts[True] or not self.parts[False]:
             raise DataError(
                 f"{settings.data} has {len(self.parts[False])} questions to train on and "
-                f"{len(self.parts[True])} held out; add questions (left out: {self.left_out})"
+                f"{len(self.parts[True])} held out; add questions (left out: {list(self.left_out)})"
             )
         prompts = [question.ids for part in self.parts.values() for question in part]
         self.longest = max(map(len, prompts))
@@ -295,7 +288,7 @@ class Questions:
         draws = torch.randint(len(part), (count,), generator=generator)
         return [part[draw] for draw in draws.tolist()]
 
-    def prompts(self, problems: list[Question], device) -> tuple[Tensor, Tensor]:
+    def prompts(self, problems: list[Question], device="cpu") -> tuple[Tensor, Tensor]:
         """(Q, P) int64 ids, padded on the left, and (Q,) by how much."""
         longest = max(len(problem.ids) for problem in problems)
         pads = [longest - len(problem.ids) for problem in problems]

@@ -16,6 +16,7 @@ import transformers
 
 from pr2_mini import Rollout
 from scale.questions import DataError, Questions, clean, judge, read, read_questions
+from test_pr2_mini import parametrize, table
 
 SPECIAL = ["<pad>", "<eos>", "<user>", "<bot>", "<bos>", "<system>"]  # ids 0 to 5
 TEMPLATE = (
@@ -72,7 +73,7 @@ def ask(tmp_path):
 # answer -> right responses -> wrong ones, and between the responses ¦
 JUDGED = r"""
 12 -> 12 ¦ 12.0 ¦ That makes $12.00 ¦ The answer is 12. ¦ 12 apples ¦ 7 + 5 = 12 ¦ \boxed{12} -> 13 ¦ 120
-12 -> so $12$ ¦ #### 12 ¦ **12** ¦ 12 dollars ¦ \[12\] ¦ **Answer:** 12 -> 1.2 ¦ -12 ¦ no idea ¦ ¦ 1, 12
+12 -> The answer is**12** ¦ so $12$ ¦ #### 12 ¦ **12** ¦ 12 dollars ¦ \[12\] ¦ **Answer:** 12 -> 1.2 ¦ -12 ¦ no idea ¦ ¦ 1, 12
 12 -> 24/2 ¦ 3 x $4 = $12 ¦ 7 × 1 + 5 = 12 ¦ x = 12 ¦ 12, not 13 ¦ It is 12! ¦ it's 12 -> 12 or 13 ¦ It is not 12 ¦ 12x ¦ twelve
 1,200 -> 1200 ¦ 1,200 ¦ $1,200.00 ¦ 1{,}200 ¦ 1\,200 ¦ 1.2e3 -> 1 ¦ 200 ¦ 1, 200 ¦ 1.2 ¦ (1,200)
 1e16 -> 1e16 ¦ 10000000000000000 ¦ 10^{16} ¦ 10^16 -> 1 ¦ 16 ¦ 1e15 ¦ 16e ¦ 10000000000000001
@@ -103,7 +104,7 @@ We add. #### 12 -> 12 -> 13
 """  # noqa: E501, RUF001
 
 
-@pytest.mark.parametrize("case", JUDGED.strip().splitlines())
+@parametrize("case", JUDGED.strip().splitlines())
 def test_what_a_response_earns(case):
     answer, right, wrong = case.split(" -> ")
     assert [r for r in right.split("¦") if judge(answer, r.strip()) != 1.0] == []
@@ -114,21 +115,19 @@ MISREAD = r"5 km|12 apples|2 3|1:30|2516_8|0.\overline{3}|1/0|9^9^9|1/2x|2(3)|x2
 MISREAD += "|3\u20135" + r"|\frac{1}{|1..2|2024-01-05|N = 5, M = 3|3x+2Y = 12|" + "7" * 501
 
 
-@pytest.mark.parametrize("answer", MISREAD.split("|"))
+@parametrize("answer", MISREAD.split("|"))
 def test_answer_that_could_be_misread_is_refused(answer):
     with pytest.raises(DataError, match="cannot be read"):
         judge(answer, answer)
 
 
-@pytest.mark.parametrize(
+@table(
     ("responses", "reward"),
-    [
-        ("<think>13</think>12|13</think>12|5+2=7\n7+5=12|The answer is 12.\nOr 7?", 1.0),
-        ("#### 12\nI hope it helps|#### Sum\nThe answer is 12.", 1.0),
-        (r"\boxed{7}, no, \boxed{12}|<answer>7</answer> or <answer>12</answer>", 1.0),
-        ("<think>12|12<think>|<think>12</think>13|<think>12</think>|7+5=12\n5+2=7", 0.0),
-        (r"\boxed{12}, no, \boxed{7}|\boxed{7} is not 12", 0.0),
-    ],
+    ("<think>13</think>12|13</think>12|5+2=7\n7+5=12|The answer is 12.\nOr 7?", 1.0),
+    ("#### 12\nI hope it helps|#### Sum\nThe answer is 12.", 1.0),
+    (r"\boxed{7}, no, \boxed{12}|<answer>7</answer> or <answer>12</answer>", 1.0),
+    ("<think>12|12<think>|<think>12</think>13|<think>12</think>|7+5=12\n5+2=7", 0.0),
+    (r"\boxed{12}, no, \boxed{7}|\boxed{7} is not 12", 0.0),
 )
 def test_the_last_answer_counts_and_thoughts_do_not(responses, reward):
     for response in responses.split("|"):
@@ -139,7 +138,7 @@ HOSTILE = ["9^{9^9}", "9**9**9", "2^{1000000000}", "(10^9)!", r"3\frac{1}{0}", "
 REPEATED = ["{", "x_", "answer ", r"\boxed{", "1 ", "\\text{", "not ", "1", "(", "<think>", "="]
 
 
-@pytest.mark.parametrize("response", [*HOSTILE, *(30000 * text for text in REPEATED)])
+@parametrize("response", [*HOSTILE, *(30000 * text for text in REPEATED)])
 def test_hostile_response_earns_nothing_and_its_reading_ends(response):
     start = time.monotonic()
     assert judge("12", response) == 0.0
@@ -147,7 +146,7 @@ def test_hostile_response_earns_nothing_and_its_reading_ends(response):
 
 
 # ---------------------------------------------------------------------------------- The file
-@pytest.mark.parametrize(
+@parametrize(
     ("written", "answer"),
     [('"We add.\\n#### 12"', "12"), ('" 12 "', "12"), ("12", "12"), ("0.1", "0.1"),
      ("-0.0", "-0.0"), ("1.50", "1.50"), ("1e16", "10000000000000000"), ("1e-05", "0.00001"),
@@ -169,7 +168,7 @@ BAD += [row(question=text) for text in ("null", "[]", "5", '""', '" "', r'"\ud80
 BAD += ['{"question": "Why?"}', '{"answer": 1}', "[1, 2]", "3", "{"]
 
 
-@pytest.mark.parametrize("line", [*BAD, "", "\xff", 99999 * "["])
+@parametrize("line", [*BAD, "", "\xff", 99999 * "["])
 def test_bad_line_is_named_by_its_number(line, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(f"{row()}\n{line}\n{row()}\n", "latin-1")
@@ -178,21 +177,19 @@ def test_bad_line_is_named_by_its_number(line, tmp_path):
 
 
 # ---------------------------------------------------------------------------------- The task
-@pytest.mark.parametrize(
+@table(
     ("changes", "prompt"),
-    [
-        ({}, "<bos><user>What is 0 plus 0?<bot>"),
-        ({"system": "Think."}, "<bos><system>Think.<user>What is 0 plus 0?<bot>"),
-        ({"template": None}, "<bos>What is 0 plus 0?\nAnswer:"),
-        ({"template": None, "single": "<bos> $A <eos>"}, "<bos>What is 0 plus 0?\nAnswer:"),
-    ],
+    ({}, "<bos><user>What is 0 plus 0?<bot>"),
+    ({"system": "Think."}, "<bos><system>Think.<user>What is 0 plus 0?<bot>"),
+    ({"template": None}, "<bos>What is 0 plus 0?\nAnswer:"),
+    ({"template": None, "single": "<bos> $A <eos>"}, "<bos>What is 0 plus 0?\nAnswer:"),
 )
 def test_prompt_is_templated_or_plain(changes, prompt, ask):
     task = ask(limits=True, **changes)  # stored padding and truncation must not leak in
     assert task.tokenizer.decode(task.encode("What is 0 plus 0?")) == prompt
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("config", "generation", "ends"),
     [(None, None, (1, 262)), ([7, 8], None, (1, 7, 8, 262)), (1, [9, 1], (1, 9, 262))],
 )
@@ -201,15 +198,13 @@ def test_every_end_token_ends_a_response(config, generation, ends, ask, tmp_path
     assert ask(eos=config).eos == ends
 
 
-@pytest.mark.parametrize(
+@table(
     ("changes", "pad"),
-    [
-        ({}, 0), ({"pad_token": None}, 1), ({"pad_token": "<eos>"}, 1),
-        ({"pad_token": "<bos>"}, 1),  # every prompt begins with it
-        ({"pad_token": "<eot>", "vocabulary": 262, "template": None}, 1),  # the model has none
-        ({"pad_token": "<bot>", "eos_token": "<bos>", "template": None}, 3),
-        ({"pad_token": "<bos>", "eos_token": "<bos>", "template": None}, 0),
-    ],
+    ({}, 0), ({"pad_token": None}, 1), ({"pad_token": "<eos>"}, 1),
+    ({"pad_token": "<bos>"}, 1),  # every prompt begins with it
+    ({"pad_token": "<eot>", "vocabulary": 262, "template": None}, 1),  # the model has none
+    ({"pad_token": "<bot>", "eos_token": "<bos>", "template": None}, 3),
+    ({"pad_token": "<bos>", "eos_token": "<bos>", "template": None}, 0),
 )  # fmt: skip
 def test_padding_is_an_id_that_no_prompt_begins_or_ends_with(changes, pad, ask):
     assert ask(**changes).pad == pad
@@ -219,8 +214,8 @@ def test_what_is_left_out_is_counted_with_the_first_line(ask):
     rows = [*sums(), {"question": 30 * "long ", "answer": 1}, {"question": "Why?", "answer": "?"}]
     task = ask([*rows, {"question": "Who?", "answer": "5 km"}])
     assert task.left_out == {
-        "prompts of more than 99 tokens, the first in line 41": 1,
-        "answers that cannot be read, the first in line 42": 2,
+        "prompts of more than 99 tokens": [41],
+        "answers that cannot be read": [42, 43],
     }
     assert len(task.parts[True] + task.parts[False]) == 40
     assert task.longest == len(task.encode("What is 10 plus 1?"))
@@ -235,17 +230,15 @@ def test_an_eighth_is_held_out_and_never_trained_on(ask):
     assert not training & held_out and len(training | held_out) == 100
 
 
-@pytest.mark.parametrize(
+@table(
     ("rows", "changes", "message"),
-    [
-        ([], {"template": None, "system": "Think."}, "or its lack, drops 'Think.'"),
-        ([], {"template": "<user>Hello<bot>"}, r"drops 'What is 0 plus 1\?'"),
-        ([], {"template": "{{ raise_exception('no system') }}"}, "refuses: no system"),
-        ([], {"eos": 999}, "the end of a response has the ids .* vocab_size 263"),
-        ([], {"vocabulary": 100, "template": None}, "prompt .* below the model's vocab_size 100"),
-        ([{"question": "WHAT is 3 plus 1?", "answer": 4}], {"lower": True}, "are one prompt"),
-        ([], {"length": 5}, "0 questions to train on and 0 held out; add questions"),
-    ],
+    ([], {"template": None, "system": "Think."}, "or its lack, drops 'Think.'"),
+    ([], {"template": "<user>Hello<bot>"}, r"drops 'What is 0 plus 1\?'"),
+    ([], {"template": "{{ raise_exception('no system') }}"}, "refuses: no system"),
+    ([], {"eos": 999}, "the end of a response has the ids .* vocab_size 263"),
+    ([], {"vocabulary": 100, "template": None}, "prompt .* below the model's vocab_size 100"),
+    ([{"question": "WHAT is 3 plus 1?", "answer": 4}], {"lower": True}, "are one prompt"),
+    ([], {"length": 5}, "0 questions to train on and 0 held out; add questions"),
 )
 def test_files_that_will_not_do_are_refused(rows, changes, message, ask):
     with pytest.raises(DataError, match=message):

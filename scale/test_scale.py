@@ -1,8 +1,7 @@
 """What must be true of scale/: one fact a test."""
 
-import contextlib
+import copy
 import importlib.util
-import io
 import json
 import math
 import os
@@ -13,8 +12,10 @@ import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -23,15 +24,15 @@ from filelock import FileLock
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import test_pr2_mini as core
 from test_pr2_mini import close, draws, parametrize, randomise_predictor, same_bits, table
 
 pytest.importorskip("transformers", reason="pip install transformers math-verify")
 pytest.importorskip("math_verify", reason="pip install transformers math-verify")
 import transformers
-from safetensors.torch import load_file, save_file
 
 import pr2_mini
-from pr2_mini import ModelConfig, MoETransformer, RLConfig, RolloutEngine, generate, overlap
+from pr2_mini import RLConfig, RolloutEngine, generate, overlap
 from scale import bench, checkpoints, make_small, processes, train
 from scale.checkpoints import CheckpointError
 from scale.processes import PROCESSES, RANK, PiecewiseEngine
@@ -45,7 +46,6 @@ FAMILIES = ["qwen3_moe", "olmoe", "mixtral"]
 TOKENS = torch.tensor([[0, 0, 5, 6, 11], [7, 8, 9, 10, 12]])  # 0 is padding
 PADS = torch.tensor([2, 0])
 REAL = TOKENS != 0
-GATE = "model.layers.1.mlp.gate.weight"
 
 
 def hf_model(kind, folder, **changes):
@@ -94,9 +94,8 @@ def saved(request, tmp_path_factory):
     kind, changes = request.param
     folder = tmp_path_factory.mktemp(kind) / "model"
     theirs = hf_model(kind, folder, **changes)
-    return SimpleNamespace(
-        folder=folder, theirs=theirs, ours=randomise_predictor(checkpoints.load(folder))
-    )
+    ours = randomise_predictor(checkpoints.load(folder))
+    return SimpleNamespace(folder=folder, theirs=theirs, ours=ours)
 
 
 @parametrize("replayed", [False, True])
@@ -149,17 +148,13 @@ def test_folded_folder_routes_by_the_prediction_in_any_engine(saved, tmp_path):
     engine = RolloutEngine(saved.ours, RLConfig())
     engine.load(saved.ours, horizon=0.5)
     agree(engine.model, hf_load(tmp_path / "folded"))
-    assert not any(
-        router.predictor.any() for router in checkpoints.load(tmp_path / "folded").routers
-    )
+    routers = checkpoints.load(tmp_path / "folded").routers
+    assert not any(router.predictor.any() for router in routers)
 
 
 @parametrize("error", [OSError, KeyboardInterrupt])
 def test_failed_save_leaves_nothing_behind(error, saved, tmp_path, monkeypatch):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(checkpoints, "save_file", fail)
+    monkeypatch.setattr(checkpoints, "save_file", mock.Mock(side_effect=error))
     with pytest.raises(error):
         checkpoints.save(saved.ours, saved.folder, tmp_path / "model")
     assert not any(tmp_path.iterdir())
@@ -176,25 +171,9 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@table(
-    ("name", "value"),
-    ("model_type", "qwen2_moe"),
-    ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
-    ("sliding_window", 16),
-    ("tie_word_embeddings", True),
-    ("intermediate_size", 20),  # which grouped products cannot take
-)
-def test_config_that_is_not_implemented_is_refused_by_name(name, value, tmp_path):
-    hf_model("olmoe", tmp_path)
-    edit_config(tmp_path, **{name: value})
-    with pytest.raises(CheckpointError, match=name.replace("_", ".")):  # "rope scaling"
-        checkpoints.load(tmp_path)
-
-
 def rename_a_weight(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights["extra"] = weights.pop(GATE)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"layers.1.mlp.gate.", b"layers.1.mlp.else."))
 
 
 def pickle_weights(folder):  # which could run code when they are read
@@ -203,13 +182,18 @@ def pickle_weights(folder):  # which could run code when they are read
 
 @table(
     ("damage", "message"),
-    (rename_a_weight, f"do not fit .*missing_keys.*{GATE}.*unexpected_keys.*extra"),
+    (rename_a_weight, r"do not fit .*missing_keys.*\.1\.mlp\.gate.*unexpected_keys.*\.else\."),
     (pickle_weights, "cannot be read"),
     (lambda folder: os.truncate(folder / "model.safetensors", 50), "cannot be read"),
     (lambda folder: os.truncate(folder / "predictor/model.safetensors", 50), "cannot be read"),
     (lambda folder: os.truncate(folder / "config.json", 50), "no config.json that can be read"),
+    (partial(edit_config, model_type="qwen2_moe"), "model_type is qwen2_moe"),
+    (partial(edit_config, rope_scaling={"rope_type": "linear", "factor": 2.0}), "rope scaling"),
+    (partial(edit_config, sliding_window=16), "sliding_window 16"),
+    (partial(edit_config, tie_word_embeddings=True), "tie_word_embeddings True"),
+    (partial(edit_config, intermediate_size=20), "intermediate_size"),  # not a multiple of 8
 )
-def test_damaged_folder_is_refused(damage, message, tmp_path):
+def test_folder_that_is_damaged_or_not_implemented_is_refused(damage, message, tmp_path):
     hf_model("olmoe", tmp_path / "model")
     checkpoints.save(checkpoints.load(tmp_path / "model"), tmp_path / "model", tmp_path / "again")
     damage(tmp_path / "again")
@@ -223,7 +207,6 @@ TOGETHER["momentum"] = {"prediction": "momentum"}
 TOGETHER["sequence ratio"] = {"ratio": "sequence"}
 TOGETHER["micro-batches"] = {"micro_batch": 3}
 TOGETHER["not finite"] = {"schedule": "constant"}
-TINY = ModelConfig(20, 32, 2, head_dim=8, moe_intermediate_size=16, num_experts=8)
 
 
 def without_chance(model, config, prompts, pads, generator=None):
@@ -236,27 +219,23 @@ def without_chance(model, config, prompts, pads, generator=None):
 
 def train_together(case, mesh=None):
     """RL steps by this process and the others, if there are any: what it found."""
-    ends = tuple(range(1, 20, 2))  # half of all tokens, so that responses differ in length
+    ends = tuple(range(1, 22, 2))  # half of all tokens, so that responses differ in length
     changes = {"method": "pr3", "learning_rate": 1e-2, "alpha": 1.0, "beta1": 0.9} | TOGETHER[case]
     config = RLConfig(samples=2, max_new_tokens=6, max_grad_norm=0.1, eos=ends, **changes)
-    torch.manual_seed(0)
-    model = randomise_predictor(MoETransformer(TINY))
+    model = randomise_predictor(core.tiny_model(vocab_size=22, num_experts_per_tok=4)).cpu()
     if mesh is None:
         engine = RolloutEngine(model, config)
     else:
-        weights = model.state_dict() if RANK == 0 else {}
-        with torch.device("meta"):
-            model = MoETransformer(TINY)
+        whole = model
+        model = copy.deepcopy(whole).to("meta")
         engine = PiecewiseEngine(model, config, most=3)
         processes.shard(engine.model, mesh, None, trains=False)
         processes.shard(model, mesh, None, trains=True)
-        processes.fill(model, weights)
+        processes.fill(model, lambda: whole)
     optimizer = pr2_mini.make_optimizer(model, config)
     for group in optimizer.param_groups:
         group["eps"] = 1e-2  # or Adam would turn the rounding of a zero gradient into a full step
-    prompts = torch.randint(2, 18, (8, 4), generator=draws())
-    pads = torch.tensor([0, 2, 0, 1, 3, 0, 1, 0])
-    prompts = prompts.masked_fill(torch.arange(4) < pads[:, None], 0)
+    prompts, pads = [tensor.cpu() for tensor in core.padded(4, 2, 4, 3, 1, 4, 3, 4)]
     mine = torch.arange(8).view(2, PROCESSES if mesh else 1, -1)[:, RANK if mesh else 0].flatten()
     rewards = torch.rand(8, 2, generator=draws())
     seen = SimpleNamespace(metrics=[], lengths=[], weights={}, parts={})
@@ -284,22 +263,13 @@ def train_together(case, mesh=None):
     return seen
 
 
-def killed(flags, call):
-    """A run that ends when rl_step has been called that often."""
-    rl_step = train.rl_step
-    calls = []
-
-    def dying(*arguments):
-        calls.append(rl_step(*arguments))
-        if len(calls) == call:
-            raise SystemExit("killed")
-        return calls[-1]
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="killed"):
-        patch.setattr(train, "rl_step", dying)
-        train.main(flags.split())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def run(flags):
+    """What `python -m scale.train FLAGS` prints, in this process, and its exit code."""
+    try:
+        return core.toy(flags, figures=True, main=train.main)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def use_one_group():
@@ -317,7 +287,7 @@ def whole_and_killed(folder, flags, call):
     use_one_group()
     train.main(f"{flags} --out {folder}/whole".split())
     if RANK == 1:
-        killed(f"{flags} --out {folder}/killed", call)
+        core.killed(f"{flags} --out {folder}/killed", "after", train, "rl_step", call, run)
     else:
         train.main(f"{flags} --out {folder}/killed".split())
     os.kill(os.getpid(), signal.SIGKILL)
@@ -338,6 +308,7 @@ METHODS["momentum"] = "--prediction momentum"
 METHODS["bf16"] = "--dtype bf16 --rollout-dtype bf16"
 HERE = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+RESUME = [*TORCHRUN, "-m", "scale.train", "--resume"]
 
 
 def launch(*command, dies=False):
@@ -356,14 +327,19 @@ def call_of(function, *arguments):
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """The flags of a small checkpoint and its questions."""
+def files(tmp_path_factory):
+    """A folder with a small checkpoint and its questions: model and sums.jsonl."""
     folder = tmp_path_factory.mktemp("small")
     make_small.make(folder, numbers=3, largest=4, slip=0.3, steps=100)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(files):
+    """The flags of a small job."""
     sizes = "--prompts 8 --samples 4 --max-new-tokens 8 --prompt-length 20 --evaluated 4"
     rates = "--learning-rate 1e-3 --micro-batch 16 --dtype fp32 --rollout-dtype fp32 --device cpu"
-    files = f"--checkpoint {folder / 'model'} --data {folder / 'sums.jsonl'}"
-    return f"{files} {sizes} {rates}"
+    return f"--checkpoint {files}/model --data {files}/sums.jsonl {sizes} {rates}"
 
 
 @pytest.fixture(scope="session")
@@ -383,8 +359,7 @@ def test_two_processes_train_as_one_does(case, together):
     single = together.single[case]
     first, second = (found[case] for found in together.ranks)
     same_bits(first.weights, second.weights)
-    for name, weight in single.weights.items():
-        close(first.weights[name], weight)
+    close(first.weights, single.weights)
     assert sorted(first.lengths + second.lengths) == sorted(single.lengths)
     for found in (first, second):
         for row, expected in zip(found.metrics, single.metrics, strict=True):
@@ -401,20 +376,10 @@ def test_each_process_holds_its_half_of_all_but_the_routers(together):
 
 # ------------------------------------------------------------------------------------- 3. Jobs
 def job(flags, code=0):
-    """What `python -m scale.train FLAGS`, in this process, prints until it ends with the code."""
-    output = io.StringIO()
-    errors = io.StringIO()
-    found = 0
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        try:
-            train.main(flags.split())
-        except SystemExit as stop:
-            found = stop.code
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-    assert found == code, errors.getvalue()
-    return output.getvalue() + errors.getvalue()
+    """What a job prints until it ends with the code."""
+    done = run(flags)
+    assert done.code == code, done.errors
+    return done.output + done.errors
 
 
 def refusal(flags):
@@ -422,13 +387,9 @@ def refusal(flags):
     return job(flags, code=2).rpartition("error: ")[2]
 
 
-def no_constant(name):
-    raise ValueError(f"{name} is no JSON")
-
-
 def rows(folder):
     text = (folder / "metrics.jsonl").read_text()
-    return [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]  # no NaN
 
 
 def same_run(folder, other, steps):
@@ -436,12 +397,6 @@ def same_run(folder, other, steps):
     assert rows(folder) == rows(other)
     models = [checkpoints.load(run / f"model-{steps}") for run in (folder, other)]
     same_bits(models[0].state_dict(), models[1].state_dict())
-
-
-def files_of(flags):
-    """The checkpoint and the data in the flags."""
-    words = flags.split()
-    return Path(words[1]), Path(words[3])
 
 
 @pytest.fixture(scope="session")
@@ -452,43 +407,27 @@ def alone(small, tmp_path_factory):
     return folder
 
 
-def resume_twice(killed_run, other):
-    """What each of two processes does."""
-    use_one_group()
-    train.main(["--resume", killed_run])
-    train.main(["--resume", other, "--steps", "3"])
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.fixture(scope="session")
-def resumed(together, alone, tmp_path_factory):
-    """The killed run of two processes, and the run of one process, resumed by two."""
-    folder = tmp_path_factory.mktemp("resumed")
-    shutil.copytree(together.folder / "killed", folder / "killed")
-    shutil.copytree(alone, folder / "alone")
-    call = call_of(resume_twice, str(folder / "killed"), str(folder / "alone"))
-    launch(*TORCHRUN, "--no-python", *call, dies=True)
-    return folder
-
-
-def test_killed_job_resumes_to_the_same_bits_on_as_many_processes(together, resumed):
-    found = processes.checkpoints_of(together.folder / "killed")
+def test_killed_job_resumes_to_the_same_bits_on_as_many_processes(together):
+    folder = together.folder / "killed"
+    found = processes.checkpoints_of(folder)
     assert [path.name for path in found] == ["step-2"]  # it was killed in the fourth
-    same_run(resumed / "killed", together.folder / "whole", steps=4)
+    launch(*RESUME, str(folder))
+    same_run(folder, together.folder / "whole", steps=4)
 
 
-def test_job_of_one_process_goes_on_in_two(alone, resumed):
-    assert rows(resumed / "alone")[:2] == rows(alone)
-    assert [row["step"] for row in rows(resumed / "alone")] == [1, 2, 3]
+def test_job_of_one_process_goes_on_in_two(alone, tmp_path):
+    folder = shutil.copytree(alone, tmp_path / "run")
+    launch(*RESUME, str(folder), "--steps", "3")
+    assert rows(folder)[:2] == rows(alone)
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3]
 
 
-def test_job_of_two_processes_goes_on_in_one_with_moved_files(together, small, tmp_path):
-    folder = Path(shutil.copytree(together.folder / "pr3", tmp_path / "run"))
+def test_job_of_two_processes_goes_on_in_one_with_moved_files(together, files, tmp_path):
+    folder = shutil.copytree(together.folder / "pr3", tmp_path / "run")
     (folder / "step-9").mkdir()  # not a checkpoint, and neither is this
     (folder / "step-2 (copy)").mkdir()
-    checkpoint, data = files_of(small)
-    moved = shutil.copytree(checkpoint.parent, tmp_path / "moved")
-    flags = f"--checkpoint {moved / checkpoint.name} --data {moved / data.name}"
+    moved = shutil.copytree(files, tmp_path / "moved")
+    flags = f"--checkpoint {moved}/model --data {moved}/sums.jsonl"
     assert f"wrote             {folder / 'model-3'}" in job(f"--resume {folder} --steps 3 {flags}")
     assert rows(folder)[:2] == rows(together.folder / "pr3")
 
@@ -507,8 +446,8 @@ def test_checkpoint_trained_by_each_method_generates_in_transformers(name, toget
 
 
 @parametrize("name", ["pr3", "bf16"])
-def test_job_trains_all_kinds_of_weights_in_float32(name, small, together):
-    before = checkpoints.load(files_of(small)[0]).state_dict()
+def test_job_trains_all_kinds_of_weights_in_float32(name, files, together):
+    before = checkpoints.load(files / "model").state_dict()
     after = checkpoints.load(together.folder / name / "model-2").state_dict()
     moved = {weight for weight in before if not torch.equal(before[weight], after[weight])}
     assert {"embed.weight", "blocks.0.moe.router.weight", "blocks.1.moe.down"} <= moved
@@ -523,12 +462,12 @@ def test_small_checkpoint_answers_some_questions_and_not_all(together):
 
 def test_killed_before_its_first_checkpoint_a_run_begins_anew(alone, small, tmp_path):
     flags = f"{small} --steps 2 --out {tmp_path / 'run'}"
-    killed(flags, call=1)
+    core.killed(flags, "after", train, "rl_step", 1, run)
     again = shutil.copytree(tmp_path / "run", tmp_path / "again")
     job(f"--resume {tmp_path / 'run'}")
     job(flags.replace("/run", "/again"))
     same_run(tmp_path / "run", alone, steps=2)
-    same_run(Path(again), alone, steps=2)
+    same_run(again, alone, steps=2)
 
 
 def test_second_job_in_a_folder_is_refused(small, tmp_path):
@@ -542,36 +481,28 @@ def test_second_job_in_a_folder_is_refused(small, tmp_path):
     ("--method ppo", "argument --method: invalid choice: 'ppo'"),
     ("--prompts 3", "prompts must be a multiple of 2"),
     ("--checkpoint nowhere", "there is no file nowhere/config.json"),
+    ("--checkpoint COPY", "the end of a response has the ids [999]"),  # which no token has
     ("--data /dev/null", "/dev/null"),
     ("--max-new-tokens 999", "exceed the model's 256 positions; lower --max-new-tokens"),
     ("--engine vllm --rollout-dtype fp8", "vLLM rolls out in fp32 or bf16"),
     ("--alpha -1", "alpha is -1.0; expected 0 or more"),
     ("--resume nowhere --steps 3", "--resume goes with"),
 )
-def test_mistake_on_the_command_line_is_one_sentence_and_writes_nothing(
-    flags, message, small, tmp_path
+def test_mistake_is_one_sentence_before_any_weights_and_writes_nothing(
+    flags, message, files, small, tmp_path, monkeypatch
 ):
-    said = refusal(f"{small} --out {tmp_path / 'run'} {flags}")
+    copy = shutil.copytree(files / "model", tmp_path / "model")
+    edit_config(copy, eos_token_id=999)
+    monkeypatch.setattr(checkpoints, "load", None)  # a call would be a TypeError
+    monkeypatch.setattr(processes, "shard", None)
+    said = refusal(f"{small} --out {tmp_path / 'run'} {flags.replace('COPY', str(copy))}")
     assert message in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_ids_that_the_model_does_not_have_are_refused_before_any_weights(
-    small, tmp_path, monkeypatch
-):
-    checkpoint, _ = files_of(small)
-    copy = Path(shutil.copytree(checkpoint, tmp_path / "model"))
-    edit_config(copy, eos_token_id=999)
-    monkeypatch.setattr(checkpoints, "load", None)  # a call would be a TypeError
-    monkeypatch.setattr(processes, "shard", None)
-    flags = f"{small} --checkpoint {copy} --out {tmp_path / 'run'}"
-    assert "999" in refusal(flags)
-
-
-def test_run_does_not_go_on_with_other_questions(alone, small, tmp_path):
-    _, data = files_of(small)
+def test_run_does_not_go_on_with_other_questions(alone, files, tmp_path):
     other = tmp_path / "other.jsonl"
-    other.write_text(data.read_text().replace("#### 5", "#### 6"))
+    other.write_text((files / "sums.jsonl").read_text().replace("#### 5", "#### 6"))
     said = refusal(f"--resume {alone} --steps 3 --data {other}")
     assert "begun with other questions or another tokenizer" in said
 
@@ -588,32 +519,20 @@ def test_responses_that_never_end_are_spoken_of(small, tmp_path):
 
 
 def test_passes_are_bounded_in_rollout_training_and_evaluation(small, tmp_path, monkeypatch):
-    sizes = {"sampled": [], "trained": []}
-
-    def sample(model, config, prompts, pads, generator=None):
-        sizes["sampled"].append(len(prompts) * config.samples)
-        return generate(model, config, prompts, pads, generator)
-
-    def old_pass(model, config, rollout, advantages, rows, *others):
-        sizes["trained"].append(len(rows))
-        return original(model, config, rollout, advantages, rows, *others)
-
-    original = pr2_mini.old_pass
+    sample = mock.Mock(wraps=generate)
+    old_pass = mock.Mock(wraps=pr2_mini.old_pass)
     monkeypatch.setattr(pr2_mini, "generate", sample)
     monkeypatch.setattr(train, "generate", sample)
     monkeypatch.setattr(pr2_mini, "old_pass", old_pass)
     bounds = "--rollout-batch 8 --micro-batch 4 --evaluated 10"
     job(f"{small} {bounds} --steps 1 --method r3 --out {tmp_path / 'run'}")
-    assert sizes["sampled"] == [8] * 4 + 2 * [4, 4, 2]  # 8 prompts x 4; twice 10 questions
-    assert sizes["trained"] == [4] * 8
+    sizes = [len(call.args[2]) * call.args[1].samples for call in sample.call_args_list]
+    assert sizes == [8] * 4 + 2 * [4, 4, 2]  # 8 prompts x 4; twice 10 questions
+    assert [len(call.args[4]) for call in old_pass.call_args_list] == [4] * 8  # its rows
 
 
-def test_run_whose_last_update_is_skipped_says_so_and_keeps_no_such_weights(
-    small, tmp_path, monkeypatch
-):
-    original = pr2_mini.group_advantages
-    broken = lambda rewards: original(rewards) * math.nan  # noqa: E731
-    monkeypatch.setattr(pr2_mini, "group_advantages", broken)
+def test_run_whose_last_update_is_skipped_says_so_and_saves_nothing(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(pr2_mini, "group_advantages", lambda rewards: rewards * math.nan)
     said = f"the last update was skipped; {tmp_path / 'run'} has checkpoints from before it"
     job(f"{small} --steps 1 --out {tmp_path / 'run'}", code=said)
     assert rows(tmp_path / "run")[0]["loss/1"] is None
@@ -621,11 +540,6 @@ def test_run_whose_last_update_is_skipped_says_so_and_keeps_no_such_weights(
 
 
 # --------------------------------------------------------------- 4. vLLM as the rollout engine
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="pip install vllm; on CPUs see .ci/run"
-)
-
-
 def beside_forward(model, rollout):
     """The share of tokens for which a full forward pass takes the same experts, and the largest
     difference between the log-probabilities."""
@@ -657,16 +571,14 @@ def use_vllm(folder):
 
     folder = Path(folder)
     found = {}
-    prompts = torch.randint(2, 200, (4, 5), generator=draws())
-    pads = torch.tensor([0, 2, 0, 4])
-    prompts = prompts.masked_fill(torch.arange(5) < pads[:, None], 0)
+    prompts, pads = [tensor.cpu() for tensor in core.padded(5, 3, 5, 1)]
+    prompts *= 10  # all over the vocabulary
     settings = train.Settings(rollout_dtype="fp32", prompts=4, samples=2, max_new_tokens=6)
     settings = replace(settings, eos=tuple(range(1, 200, 3)), learning_rate=1e-2, feature_share=1.0)
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "vocab_size": 200}
-    sizes.update(rms_norm_eps=1e-5)
-    for kind in FAMILIES:
+    for kind in reversed(FAMILIES):  # the last one goes on below
         path = folder / kind
-        hf_model(kind, path, norm_topk_prob=kind != "olmoe", **sizes)
+        hf_model(kind, path, norm_topk_prob=kind != "olmoe", rms_norm_eps=1e-5, **sizes)
         model = checkpoints.load(path)
         settings.checkpoint = str(path)
         engine = vllm_engine.VLLMEngine(kind, model.config, settings, longest=11)
@@ -676,7 +588,7 @@ def use_vllm(folder):
                 nn.init.zeros_(router.predictor)  # then all engines compute alike
             config = replace(settings, method=method)
             optimizer = pr2_mini.make_optimizer(model, config)
-            reward = lambda rollout: (rollout.tokens[:, 5:] % 2).float().mean(1)  # noqa: E731
+            reward = lambda rollout: torch.arange(8.0)  # noqa: E731
             arguments = (model, engine, optimizer, config, prompts, pads, reward, draws())
             seen["steps"][method] = pr2_mini.rl_step(*arguments)
         randomise_predictor(model)
@@ -694,11 +606,8 @@ def use_vllm(folder):
                 parameter.data += 0.02 * torch.randn_like(parameter)
         found[kind] = seen
         many = engine.sample(prompts.repeat(300, 1), pads.repeat(300), draws())
-        seen["many"] = many.tokens.shape[0]
-    kind = FAMILIES[0]
-    settings.checkpoint = str(folder / kind)
+        seen["many"] = int(many.mask.any(1).sum())
     settings.rollout_dtype = "bf16"
-    model = checkpoints.load(folder / kind)
     nearly_tied(model)
     engine = vllm_engine.VLLMEngine(kind, model.config, settings, longest=11)
     engine.load(model, 1.0)
@@ -715,12 +624,13 @@ def use_vllm(folder):
 
 @pytest.fixture(scope="session")
 def vllm_found(tmp_path_factory):
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("pip install vllm; on CPUs see .ci/run")
     folder = tmp_path_factory.mktemp("vllm")
     launch(*call_of(use_vllm, str(folder)))
     return json.loads((folder / "found.json").read_text())
 
 
-@needs_vllm
 @parametrize("kind", FAMILIES)
 def test_vllm_rolls_out_as_forward_does_before_and_after_updates_of_its_weights(kind, vllm_found):
     found = vllm_found[kind]
@@ -729,7 +639,6 @@ def test_vllm_rolls_out_as_forward_does_before_and_after_updates_of_its_weights(
     assert min(found["lengths"]) < max(found["lengths"]) == 6
 
 
-@needs_vllm
 @parametrize("kind", FAMILIES)
 @parametrize("method", pr2_mini.RECORDS)
 def test_rl_step_on_the_routes_of_vllm(kind, method, vllm_found):
@@ -739,52 +648,44 @@ def test_rl_step_on_the_routes_of_vllm(kind, method, vllm_found):
     assert metrics["skipped/2"] == 0.0 and metrics["grad_norm/2"] > 0.0
 
 
-@needs_vllm
 def test_vllm_samples_more_prompts_than_it_takes_into_one_pass(vllm_found):
     assert vllm_found["qwen3_moe"]["many"] == 2400  # of 300 x 18 tokens of prompts
 
 
-@needs_vllm
 def test_vllm_in_bfloat16_keeps_what_bfloat16_would_round_away(vllm_found):
     assert vllm_found["bf16"] == 1.0
 
 
-@needs_vllm
 def test_vllm_whose_routers_are_not_float32_is_refused(vllm_found):
     assert "would round predictions away" in vllm_found["refused"]
 
 
-@needs_vllm
+@pytest.mark.usefixtures("vllm_found")
 def test_job_with_vllm_resumes_to_the_same_bits(small, tmp_path):
     flags = f"{small} --engine vllm --steps 2 --save-every 1"
     call = call_of(whole_and_killed, str(tmp_path), flags, 2)
     launch(*TORCHRUN, "--no-python", *call, dies=True)
     assert [path.name for path in processes.checkpoints_of(tmp_path / "killed")] == ["step-1"]
-    launch(*TORCHRUN, "-m", "scale.train", "--resume", str(tmp_path / "killed"))
+    launch(*RESUME, str(tmp_path / "killed"))
     same_run(tmp_path / "killed", tmp_path / "whole", steps=2)
 
 
 # --------------------------------------------------------------------- 5. Tracking, benchmark
 @parametrize("package", ["wandb", "trackio"])
-def test_metrics_are_tracked_in_one_run_without_repeated_steps(
-    package, small, tmp_path, monkeypatch
-):
+def test_metrics_are_tracked_once_and_in_one_run(package, small, tmp_path, monkeypatch):
     for name in ("HOME", "WANDB_DIR", "TRACKIO_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
     tracker = pytest.importorskip(package, reason=f"pip install {package}")
-    steps = []
-
-    def log(row, step):
-        steps.append(step)
-        tracker.log(row, step=step)  # wandb has another `log` after its `init`
-
+    # wandb has another `log` after its `init`.
+    log = mock.Mock(side_effect=lambda row, step: tracker.log(row, step=step))
     proxy = SimpleNamespace(init=tracker.init, log=log, finish=tracker.finish)
     monkeypatch.setattr(train.importlib, "import_module", lambda name: proxy)
-    killed(f"{small} --track {package} --steps 4 --save-every 3 --out {tmp_path / 'run'}", call=3)
+    flags = f"{small} --track {package} --steps 4 --save-every 3 --out {tmp_path / 'run'}"
+    core.killed(flags, "after", train, "rl_step", 3, run)
     tracker.finish()
     job(f"--resume {tmp_path / 'run'}")  # begins anew, since no checkpoint was written
-    assert steps == [1, 2, 3, 4]
+    assert [call.kwargs["step"] for call in log.call_args_list] == [1, 2, 3, 4]
     if package == "wandb":
         names = {path.name.rpartition("-")[2] for path in tmp_path.glob("wandb/offline-run-*")}
     else:
@@ -794,6 +695,7 @@ def test_metrics_are_tracked_in_one_run_without_repeated_steps(
         names = {name for name, _ in found}
         assert [step for _, step in found] == [1, 2, 3, 4]
     assert len(names) == 1
+    shutil.rmtree(tmp_path / "run")  # which holds the metrics anyway
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert any(b"stale_agreement/2" in content for content in written)
 

@@ -2,7 +2,7 @@
 
     python -m scale.train --checkpoint OLMoE-1B-7B --data train.jsonl --out runs/olmoe
     torchrun --nproc-per-node 8 -m scale.train --checkpoint DIR --data FILE --engine vllm
-    ... --resume runs/NAME                         # goes on, on any number of processes
+    ... --resume runs/NAME                         # goes on, on another number of processes too
 
 Every process rolls out its share of each mini-step's prompts. Weights are float32 masters; FSDP2
 computes in bfloat16. A run's folder holds config.json, metrics.jsonl (a line for each rollout
@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import uuid
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -64,8 +64,7 @@ class Settings(RLConfig):
 USAGE = "python -m scale.train --checkpoint DIR --data FILE [--FLAG VALUE ...]"
 PARSER = parser_of(Settings, USAGE)
 PARSER.add_argument("--resume", help="folder of a run to go on with; its settings are kept")
-MAY_CHANGE = {"checkpoint", "data", "device", "steps", "save_every", "track"}  # with --resume
-KEPT = [field.name for field in fields(Settings) if field.name not in ("eos", "pad")]
+MAY_CHANGE = {"checkpoint", "data", "device", "steps", "save_every", "evaluated", "track"}
 # What a run has left that was killed before its first checkpoint; a new run takes its place.
 BEGUN = "config.json config.json.partial metrics.jsonl metrics.jsonl.partial run.lock partial"
 
@@ -84,10 +83,14 @@ def parse(arguments: list[str]) -> tuple[Settings, dict]:
     if resume:
         others = given.keys() - MAY_CHANGE
         refuse(bool(others), f"--resume goes with {sorted(MAY_CHANGE)}, not with {sorted(others)}")
-        config = read_config(Path(resume, "config.json"))
-        changes = given
-        given = config.pop("settings")
-        given.update(changes, out=resume)
+        try:
+            config = json.loads(Path(resume, "config.json").read_text())
+            kept = config["settings"]
+            same = kept.keys() == vars(Settings()).keys()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            same = False
+        refuse(not same, f"{resume} has no config.json of a run of this edition of the program")
+        given = kept | given | {"out": resume}
     settings = Settings(**given)
     check_ranges(settings, PARSER)
     folder = Path(settings.out)
@@ -110,18 +113,6 @@ def parse(arguments: list[str]) -> tuple[Settings, dict]:
         missing = package in ("vllm", "wandb", "trackio") and not importlib.util.find_spec(package)
         refuse(missing, f"{package} is missing: pip install {package}")
     return settings, config
-
-
-def read_config(path: Path) -> dict:
-    """What a run's config.json holds, its settings as they are for this edition."""
-    refuse(not path.is_file(), f"{path} is missing; --resume takes the folder of a run")
-    try:
-        config = json.loads(path.read_text())
-        names = list(config["settings"])
-    except (ValueError, KeyError, TypeError):
-        PARSER.error(f"{path} is damaged: expected the settings of a run as JSON")
-    refuse(sorted(names) != sorted(KEPT), f"{path} is of another edition of this program")
-    return config
 
 
 # --------------------------------------------------------------------------------- 2. Training
@@ -176,19 +167,18 @@ def train(settings: Settings, config: dict) -> None:
 
     # Maybe resume. What was written after the last checkpoint is made again.
     history = processes.load_run(folder, tensors)
+    done = len(history)
+    refuse(done > settings.steps, f"{folder} has {done} rollout batches; give more --steps")
     if not history:
-        weights = {}
-        if RANK == 0:
-            weights = checkpoints.load(settings.checkpoint, dtype=None).state_dict()
-        processes.fill(model, weights)
-        del weights
+        processes.fill(model, partial(checkpoints.load, settings.checkpoint, dtype=None))
     tracker = None
     if RANK == 0:
-        print(f"left out: {dict(task.left_out)}")
+        for reason, lines in task.left_out.items():
+            print(f"left out: {len(lines)} {reason}, the first in line {lines[0]}")
         tracker = open_files(settings, config, task, history)
 
     # Loop.
-    bar = tqdm(range(len(history) + 1, settings.steps + 1), disable=RANK > 0)
+    bar = tqdm(range(done + 1, settings.steps + 1), disable=RANK > 0)
     for step in bar:
         # Ours: Adam's first steps are as large as its rate allows and would scramble the routers.
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -240,11 +230,14 @@ def open_files(settings: Settings, config: dict, task: Questions, history: list[
     tracks metrics, or None. A step that was tracked before a kill is not tracked again."""
     folder = Path(settings.out)
     metrics = folder / "metrics.jsonl"
-    written = metrics.read_text().count("\n") if config and metrics.exists() else 0
-    config.setdefault("run", f"{folder.name}-{uuid.uuid4().hex[:8]}")
-    config["tracked"] = max(config.get("tracked", 0), written)
+    if config and config["settings"]["track"] == settings.track:  # it has tracked what is there
+        written = metrics.read_text().count("\n") if metrics.exists() else 0
+        config["tracked"] = max(config["tracked"], written)
+    else:
+        config["tracked"] = len(history)
+        config["run"] = f"{folder.name}-{uuid.uuid4().hex[:8]}"
     config["checksum"] = task.checksum
-    config["settings"] = {name: getattr(settings, name) for name in KEPT}
+    config["settings"] = vars(settings)
     save(json.dumps(config, indent=2), folder / "config.json")
     save("".join(json.dumps(row) + "\n" for row in history), metrics)
     if settings.track == "none":

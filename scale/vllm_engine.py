@@ -32,10 +32,13 @@ def float32_router(*arguments, **settings) -> ReplicatedLinear:
 
 
 def router_dtypes(model) -> list[torch.dtype | None]:
-    """Of the weights of all routers of a vLLM model; on CPUs it keeps them in a form of its own."""
-    modules = dict(model.named_modules())
-    gates = [modules[name] for name in modules if name.endswith(".gate")]
-    return [getattr(gate, "params_dtype", None) for gate in gates]
+    """Of the weights of all routers of a vLLM model, or where it has packed those away, as on CPUs,
+    what they were to be."""
+    gates = [module for name, module in model.named_modules() if name.endswith(".gate")]
+    return [
+        gate.weight.dtype if gate.weight.numel() else getattr(gate, "params_dtype", None)
+        for gate in gates
+    ]
 
 
 def drop_packed_experts(model) -> None:
@@ -132,8 +135,8 @@ class VLLMEngine:
             length = len(output.token_ids)
             tokens[row, P : P + length] = torch.tensor(output.token_ids)
             mask[row, :length] = True
-            for column, token in enumerate(output.token_ids):
-                logprobs[row, column] = output.logprobs[column][token].logprob
+            steps = zip(output.logprobs, output.token_ids, strict=True)
+            logprobs[row, :length] = torch.tensor([step[token].logprob for step, token in steps])
             route = torch.from_numpy(output.routed_experts.astype("int16"))  # (tokens - 1, L, k)
             experts[:, row, pads[row] : P + length - 1] = route.transpose(0, 1)
         is_end = torch.isin(tokens[:, P:], torch.tensor(rl.eos, device=device))
