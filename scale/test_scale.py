@@ -424,7 +424,7 @@ def test_job_of_one_process_goes_on_in_two(alone, tmp_path):
 
 def test_job_of_two_processes_goes_on_in_one_with_moved_files(together, files, tmp_path):
     folder = shutil.copytree(together.folder / "pr3", tmp_path / "run")
-    (folder / "step-9").mkdir()  # not a checkpoint, and neither is this
+    (folder / "step-3" / "file").mkdir(parents=True)  # no checkpoint, and neither is this
     (folder / "step-2 (copy)").mkdir()
     moved = shutil.copytree(files, tmp_path / "moved")
     flags = f"--checkpoint {moved}/model --data {moved}/sums.jsonl"
@@ -505,6 +505,11 @@ def test_run_does_not_go_on_with_other_questions(alone, files, tmp_path):
     other.write_text((files / "sums.jsonl").read_text().replace("#### 5", "#### 6"))
     said = refusal(f"--resume {alone} --steps 3 --data {other}")
     assert "begun with other questions or another tokenizer" in said
+
+
+def test_run_has_no_fewer_steps_than_it_has_made(alone):
+    assert "has 2 rollout batches; give more --steps" in refusal(f"--resume {alone} --steps 1")
+    assert json.loads((alone / "config.json").read_text())["settings"]["steps"] == 2
 
 
 def test_bug_of_a_fork_keeps_its_traceback(small, tmp_path, monkeypatch):
