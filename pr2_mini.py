@@ -852,10 +852,10 @@ class AdditionTask:
 
     rl_step needs no task, only prompts, pads and a reward. train_toy.py, a loop around it, takes
     any task that has what it uses of this one: vocab_size, pad, eos, the two lengths, and
-        problems(count, generator, held_out)    a list of objects; str() of one is shown
-        prompts(problems)                       (Q, P) ids, padded on the left, and pads (Q,)
-        solutions(problems, slip, generator)    (Q, response_length) ids, for the warm-up
-        rewards(problems, rollout), decode(ids) (Q * G,) floats, prompt by prompt; list of texts"""
+        problems(count, generator, held_out=False)  hashable objects; str() of one is shown
+        prompts(problems)                           (Q, P) ids, padded on the left, and pads (Q,)
+        solutions(problems, slip, generator)        (Q, response_length) ids, for the warm-up
+        rewards(problems, rollout), decode(ids)     (Q * G,) floats, prompt by prompt; texts"""
 
     characters = "_.,+=0123456789"  # one character, one token; "_" pads and "." ends
     vocab_size = len(characters)

@@ -302,8 +302,7 @@ def test_ratio_is_exactly_one_at_mini_step_1(method, rollout_dtype, model):
     for micro_batch in (0, 3):
         config.micro_batch = micro_batch
         metrics = run_step(model, config, warmed_up(model, config)).metrics
-        assert metrics["log_ratio_max/1"] == 0
-        assert metrics["log_ratio_max/2"] > 0
+        assert metrics["log_ratio_max/1"] == 0 < metrics["log_ratio_max/2"]
 
 
 @parametrize("methods", [("pr2", "r2"), ("pr3", "r3")])
@@ -637,8 +636,7 @@ def test_replay_gives_gradient_to_its_experts_and_the_router_and_not_to_the_pred
     route = torch.arange(top_k, device=DEVICE).expand(2, 2, 8, top_k)
     model(padded(8, 8)[0], replay=route, horizon=1.0)[0].square().mean().backward()
     moe = model.blocks[0].moe
-    assert moe.gate_up.grad[:top_k].any()
-    assert not moe.gate_up.grad[top_k:].any()
+    assert moe.gate_up.grad[:top_k].any() and not moe.gate_up.grad[top_k:].any()
     assert moe.router.weight.grad.abs().max() > 1e-6  # rounding noise would be 1e-9
     assert moe.router.predictor.grad is None
 
@@ -833,7 +831,7 @@ def test_setting_of_a_fork_is_a_flag_or_its_mistake_is_named(line, mistake, tmp_
     ("--prompts 63", "prompts must be a multiple of mini_steps"),
     ("--device mps" if DEVICE == "cuda" else "--device cuda", "is not available here"),
     ("--resume nowhere", "no config.json of a run"),
-    ("--resume RUN --alpha 0.5", "only --steps may be given with --resume"),
+    ("--resume RUN --alpha 0.5", "--resume goes with --steps alone"),
     ("--resume RUN --steps 2", "has 3 rollout batches; give more --steps"),
     ("--out RUN", "choose another --out"),
     ("--compare pr3:seed=1", "pr3:seed=1: seed is the same for all variants"),
@@ -868,6 +866,7 @@ def base_name(folder, monkeypatch, sizes=None, edited=None, **changes):
     ({"slip": 0.5}, False),
     ({"sizes": {"num_experts": 16}}, False),
     ({"edited": AdditionTask}, False),
+    ({"edited": pr2_mini.MoE}, False),
     ({"edited": NO_WARM_UP}, False),
 )
 def test_name_of_a_base_model_depends_on_what_it_is_made_of(changes, same, tmp_path, monkeypatch):
@@ -1033,7 +1032,8 @@ def test_picture_leaves_the_run_alone(prediction, base, tmp_path):
     flags = f"{base} --steps 3 --prediction {prediction}"
     output = toy(f"{flags} --out {tmp_path / 'alone'}").output
     assert re.search(r"route of .*\nlayer 1 +[x+.-]+\nlayer 2 +[x+.-]+\n", output)
-    train_toy.train(train_toy.parse(flags.split())[0], tmp_path / "other", alone=False)
+    given = vars(train_toy.PARSER.parse_args(flags.split()))
+    train_toy.train(train_toy.settings_of(given), tmp_path / "other", alone=False)
     same_run(tmp_path / "alone", tmp_path / "other")
 
 

@@ -65,10 +65,9 @@ RUN_ONLY = {"steps", "prompts", "base_dir"}  # what a base model does not depend
 NO_SETTINGS = {"out", "resume", "compare", "seeds"}  # flags that are none
 # Defaults with --compare: a regime where replay changes what is learned, with one expert a token,
 # coarse rollouts, fast routers and short sums.
-COMPARE_DEFAULTS = (
-    "--operands 3 --largest 9 --slip 0.35 --warm-up 300 --experts 16 --expert-width 64 "
-    "--experts-per-token 1 --rollout-dtype fp8 --mini-steps 8 --router-multiplier 30 --steps 100"
-)
+COMPARE_DEFAULTS = {"operands": 3, "largest": 9, "slip": 0.35, "warm_up": 300, "experts": 16}
+COMPARE_DEFAULTS.update(expert_width=64, experts_per_token=1, rollout_dtype="fp8", mini_steps=8)
+COMPARE_DEFAULTS.update(router_multiplier=30.0, steps=100)
 
 
 def parser_of(settings: type, usage: str) -> ArgumentParser:
@@ -107,10 +106,9 @@ PARSER.add_argument("--compare", nargs="*", metavar="METHOD[:setting=value,...]"
 PARSER.add_argument("--seeds", type=int, help="runs per variant of --compare (default: 3)")
 
 
-def parse(arguments: list[str]) -> tuple[Settings, dict]:
-    """The settings of a command line, and what it gives by name."""
-    given = vars(PARSER.parse_args(arguments))
-    s = Settings(**{name: given[name] for name in given if name not in NO_SETTINGS})
+def settings_of(values: dict) -> Settings:
+    """The settings among values by name, checked."""
+    s = Settings(**{name: values[name] for name in values if name not in NO_SETTINGS})
     check_ranges(s, PARSER)
     refuse(s.prompts % s.mini_steps != 0, "prompts must be a multiple of mini_steps")
     refuse(s.beta1 >= 1, "beta1 must be below 1")
@@ -120,7 +118,7 @@ def parse(arguments: list[str]) -> tuple[Settings, dict]:
     available = torch.get_device_module(s.device).is_available()
     refuse(not available, f"device {s.device} is not available here")
     build_task(s)
-    return s, given
+    return s
 
 
 def refuse(applies: bool, sentence: str) -> None:
@@ -185,11 +183,12 @@ def untrained_model(task: AdditionTask, settings: Settings) -> MoETransformer:
 
 def warm_up_or_load(model: MoETransformer, task: AdditionTask, settings: Settings) -> None:
     """Warms the model up, or takes what an earlier run has kept. A file's name depends on all that
-    it is made of: the settings, the parameters, and the code of the task and of the warm-up."""
+    it is made of: settings, parameters, and the code of the model, the task and the warm-up."""
     of_a_run = RUN_ONLY | {field.name for field in fields(RLConfig)}
     made_of = [f"{name} {value}" for name, value in vars(settings).items() if name not in of_a_run]
     made_of += [f"{name} {tuple(weight.shape)}" for name, weight in model.state_dict().items()]
-    made_of += [inspect.getsource(each) for each in (*type(task).__mro__[:-1], warm_up)]
+    parts = dict.fromkeys(type(module) for module in model.modules())
+    made_of += [inspect.getsource(each) for each in (*parts, *type(task).__mro__[:-1], warm_up)]
     path = Path(settings.base_dir) / f"{type(task).__name__}-{settings.seed}-{digest(made_of)}.pt"
     with FileLock(f"{path}.lock"):  # another process may be making the same one
         if not path.exists():
@@ -242,10 +241,8 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
     except Timeout:
         PARSER.error(f"another process is at work in {folder}; wait for it")
     checkpoint = folder / "checkpoint.pt"
-    state = {"history": []}
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=settings.device)
-    history = state["history"]
+    state = torch.load(checkpoint, map_location=settings.device) if checkpoint.exists() else {}
+    history = state.get("history", [])
     done = len(history)
     refuse(done > settings.steps, f"{folder} has {done} rollout batches; give more --steps")
     save(json.dumps(vars(settings), indent=2), folder / "config.json")
@@ -306,7 +303,7 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(history[-1]) + "\n")
         if tenth and not row["skipped"]:
-            state["model"] = model.state_dict()
+            state = {"history": history, "model": model.state_dict()}
             state["optimizer"] = optimizer.state_dict()
             save(state, checkpoint)
         bar.set_postfix(reward=f"{row['reward']:.2f}", refresh=False)
@@ -349,10 +346,9 @@ def summary(history: list[dict]) -> dict[str, float]:
         stale = columns[f"stale_agreement/{i}"]
         for name, of in (("removed", "agreement"), ("removable", "ideal_agreement")):
             gained = mean_of(settled, f"{of}/{i}") - stale
-            columns[f"{name}/{i}"] = gained / (1 - stale) if stale < 1 else math.nan
-    kappa = len(mini_steps_of(history[0]))
-    columns["KL"] = mean_of(settled, f"approx_kl/{kappa}")
-    columns["clipfrac"] = mean_of(settled, f"clipfrac/{kappa}")
+            columns[f"{name}/{i}"] = gained / (1 - stale) if 1 - stale > 1e-6 else math.nan
+    columns["KL"] = mean_of(settled, f"approx_kl/{i}")  # of the last mini-step
+    columns["clipfrac"] = mean_of(settled, f"clipfrac/{i}")
     columns["log10 largest ratio"] = math.log10(max(row["largest_ratio"] for row in settled))
     for name in ("mismatch_route", "mismatch_logprob", "seconds"):
         columns[name] = mean_of(settled, name)
@@ -418,20 +414,20 @@ def print_routes(model, config: Settings, task, batch: MicroBatch) -> None:
 
 
 # --------------------------------------------------------------------------------- 6. Comparison
-def compare(arguments: list[str], given: dict) -> None:
+def compare(given: dict) -> None:
     """Every variant, on every seed, from the same base models and prompts. A run that is finished
-    is kept and one that was stopped is gone on with."""
+    is kept and one that was stopped is gone on with. given: the flags of the command, by name."""
     refuse("method" in given or "resume" in given, "--compare takes no --method and no --resume")
     refuse(given.get("seeds", 3) < 1, "--seeds must be 1 or more")
     plan = {}
     for variant in given["compare"] or get_args(RLConfig.__annotations__["method"]):
-        flags = []
-        for change in re.split("[:,]", f"method={variant}"):
-            name, _, value = change.partition("=")
-            shared = name in NO_SETTINGS | {"seed", "steps"}
-            refuse(shared, f"{variant}: {name} is the same for all variants")
-            flags.append(f"--{name.replace('_', '-')}={value}")
-        settings, _ = parse(COMPARE_DEFAULTS.split() + arguments + flags)
+        changes = re.split("[:,]", f"method={variant}")
+        flags = ["--" + change.replace("_", "-") for change in changes]
+        own = vars(PARSER.parse_args(flags))
+        shared = own.keys() & (NO_SETTINGS | {"seed", "steps"})
+        refuse(bool(shared), f"{variant}: {', '.join(shared)} is the same for all variants")
+        values = COMPARE_DEFAULTS | given | own
+        settings = settings_of(values)
         seeds = range(settings.seed, settings.seed + given.get("seeds", 3))
         plan[variant] = [replace(settings, seed=seed) for seed in seeds]
 
@@ -440,9 +436,8 @@ def compare(arguments: list[str], given: dict) -> None:
     for path in folder.iterdir() if folder.exists() else []:
         foreign = re.fullmatch(made_here, path.name) is None
         refuse(foreign, f"{folder} has {path.name}, which no comparison made; choose another --out")
-    histories = {}
+    histories = {variant: [] for variant in plan}
     for variant, runs in plan.items():
-        histories[variant] = []
         for settings in runs:
             run = folder / f"{settings.method}-seed{settings.seed}-{digest(settings)}"
             histories[variant].append(train(settings, run, alone=False))
@@ -508,30 +503,32 @@ def draw(histories: dict[str, list[list[dict]]], path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- 7. Main
-def read_config(folder: Path) -> list[str]:
-    """The settings of a run's config.json, as flags."""
+def read_config(folder: Path) -> dict:
+    """The settings that a run's config.json holds."""
     try:
-        settings = dict(json.loads((folder / "config.json").read_text()))
+        settings = json.loads((folder / "config.json").read_text())
+        Settings(**settings)
     except (OSError, ValueError, TypeError):
         PARSER.error(f"{folder} has no config.json of a run; --resume takes the folder of a run")
-    names = [name for name in settings if name not in ("eos", "pad")]  # those are the task's
-    return [f"--{name.replace('_', '-')}={settings[name]}" for name in names]
+    return settings
 
 
 def main(arguments: list[str]) -> None:
-    settings, given = parse(arguments)
+    given = vars(PARSER.parse_args(arguments))
     if "compare" in given:
-        return compare(arguments, given)
+        return compare(given)
     refuse("seeds" in given, "--seeds goes with --compare")
+    resumes = "resume" in given
+    others = given.keys() - {"resume", "steps"}
+    refuse(resumes and bool(others), "--resume goes with --steps alone; all else is in config.json")
+    values = read_config(given["resume"]) if resumes else {}
+    values.update(given)
+    settings = settings_of(values)
     name = f"{settings.method}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = given.get("resume", given.get("out", Path("runs") / name))
-    if "resume" in given:
-        others = given.keys() - {"resume", "steps"}
-        refuse(bool(others), "only --steps may be given with --resume; all else is in config.json")
-        settings, _ = parse(read_config(folder) + arguments)
-    elif folder.exists():
-        files = {path.name for path in folder.iterdir()} - {"run.lock", "config.json.partial"}
-        refuse(bool(files), f"{folder} is not empty; choose another --out, or --resume a run")
+    files = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    foreign = not resumes and bool(files - {"run.lock", "config.json.partial"})
+    refuse(foreign, f"{folder} is not empty; choose another --out, or --resume a run")
     print(f"run               {folder}")
     if train(settings, folder)[-1]["skipped"]:
         raise SystemExit("the last update was skipped; checkpoint.pt is the last one before it")
