@@ -7,9 +7,9 @@ can learn by heart. The model is a Qwen3-MoE with a tokenizer and a chat templat
 up on worked answers some of whose sums are off by one, so that RL has something to sharpen.
 """
 
+import argparse
 import itertools
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -102,4 +102,9 @@ def make(folder: Path, numbers: int = 6, largest: int = 3, slip: float = 0.1, st
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m scale.make_small")
+    parser.add_argument("folder", type=Path, help="where sums.jsonl and model are written")
+    chosen = parser.parse_args().folder
+    if (chosen / "model").exists():
+        parser.error(f"{chosen / 'model'} exists; choose another folder")
+    make(chosen)

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import time
 import uuid
 from dataclasses import dataclass, replace
 from functools import partial
@@ -190,7 +191,9 @@ def train(settings: Settings, config: dict) -> None:
         prompts, pads = task.prompts(mine, settings.device)
         reward = partial(task.rewards, mine)
         generator = generator_for("samples", settings.seed, step, RANK, device=settings.device)
+        start = time.perf_counter()
         row = rl_step(model, engine, optimizer, settings, prompts, pads, reward, generator)
+        row["seconds"] = time.perf_counter() - start
         if step % 10 == 0 or step in (1, settings.steps):
             row["held_out"] = evaluate(model, task, settings, settings.temperature)
             row["greedy"] = evaluate(model, task, settings, 0.0)
