@@ -15,9 +15,9 @@ set goes stale: an expert that the router has since come to prefer gets no gradi
 The idea. PR2 keeps the replay but records a *prediction*: the experts that the router will want by
 the time the token is trained. A router's logits are p = h W, where h is its input, and they change
 mostly because W changes: p_new - p_old is about h (W_new - W_old), linear in h. So a second matrix
-W_p beside W, kept across batches, is trained from the second piece of each on, so that m h W_p is
-the change of the logits since the rollout. Betting that the next batch drifts alike, PR2 records
-the top-k of p + m h W_p. The horizon m (ours; the paper has 1) grows linearly with the piece, from
+W_p beside W, kept across batches, is trained at every piece of a batch but the first, so that
+m h W_p is the change of the logits since the rollout. Betting that the next batch drifts alike, PR2
+records the top-k of p + m h W_p. The horizon m (ours; the paper has 1) grows with the piece, from
 0 for the first (so no prediction) to 1 for the last: W_p is the change over a batch. Pieces
 are consecutive prompts: the m of each is known before it is sampled. Experts that are about to be
 chosen get their gradient in time. In the training engine replay and prediction only *pick* the set;
@@ -65,7 +65,7 @@ uncorrected (tis_cap can correct for it). The default, pr3, is what the paper's 
 pr2 what its main tables were run with: take pr2 where the engine's router is not yours to set.
 
 A *deviation* is a replayed expert that today's router would not choose, for one token in one layer.
-The *stale counterfactual*: how many of the top-k of p_old it would not choose, on the same logits.
+The *stale counterfactual* asks the same of the top-k of p_old. Metrics count what is no deviation.
 
 Part I is the method. Part II is what it stands on: a transformer and a sampler. Part III is a task.
 Paper: Dong et al., arXiv:2606.00395. What is not the paper's is marked "ours".
@@ -174,7 +174,7 @@ class Rollout(NamedTuple):
 @dataclass
 class MicroBatch:
     """R responses that are trained in one pass, cut after the longest, and what theta_old says of
-    them. The logits at position j - 1 are of token j, those at P - 1 .. P + c - 2 of responses."""
+    them. Logits at position j - 1 predict token j, those at P - 1 .. P + c - 2 the responses."""
 
     tokens: Tensor  # (R, P + c) int64
     pads: Tensor  # (R,)
@@ -256,7 +256,7 @@ class RLConfig:
         return (i - 1) / max(1, self.mini_steps - 1)
 
     def horizon_in(self, engine: str, i: int) -> float | None:
-        """m by which an engine, "rollout" or "training", picks for mini-step i; None: by rho."""
+        """m by which an engine, "rollout" or "training", picks for mini-step i; None: by none."""
         return self.horizon(i) if self.predicts and self.recorder == engine else None
 
 
@@ -413,9 +413,9 @@ def old_pass(model, config: RLConfig, rollout: Rollout, advantages, rows, i: int
 
 
 def replay_of(batch: MicroBatch, config: RLConfig, updates: bool) -> Tensor | None:
-    """The route that the old pass or an update replays, or None where its routers choose: the last
-    two columns of the table of passes. To replay a part, change this and Router.forward. Old pass
-    and update must agree, or "log_ratio_max/1" > 0; engines that agree hide it: test with "fp8"."""
+    """The route that the old pass or an update replays, or None where its routers choose: see the
+    table of passes. To replay a part, change this and Router.forward. Both must run one route, or
+    "log_ratio_max/1" > 0: test in fp8; in fp32 routers choose what would be replayed anyway."""
     records = config.recorder == "training" and not updates  # what the updates will replay
     return None if records or config.recorder is None else batch.route
 
@@ -444,7 +444,7 @@ def update(optimizer, config: RLConfig) -> dict[str, Tensor]:
 
 
 def gradient_norm(parameters: list[Tensor]) -> Tensor:
-    """The norm of all gradients together, a plain tensor if the model is sharded (scale/), too."""
+    """The norm of all gradients together, as a plain tensor, even of a sharded model (scale/)."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return torch.tensor(float(norm))
 
@@ -526,8 +526,8 @@ def measure(model, log_ratio, batch: MicroBatch, trace: Trace, config) -> dict[s
     }
     sums = {name: values.float().mean(0).sum() for name, values in by_layer.items()}
     if batch.h_old is not None:
-        # What a perfect W_p would record in an old pass, for the kept tokens: the top-k of h_old W,
-        # with today's W. It misses where inputs have moved.
+        # What a W_p that knew the drift of W would predict: the top-k of h_old W with today's W,
+        # for the kept tokens. It misses where inputs have moved.
         layers = zip(model.routers, batch.h_old, strict=True)
         ideal = torch.stack([router(h_old)[1] for router, h_old in layers])
         sums["ideal_agreement"] = (overlap(ideal, current[:, batch.kept]) / k).mean(0).sum()
