@@ -876,7 +876,7 @@ class AdditionTask:
         return ["".join(self.characters[i] for i in row).rstrip("_") for row in ids.tolist()]
 
     def problems(self, count: int, generator: torch.Generator, held_out: bool = False) -> list[str]:
-        """`count` problems of the training or the held-out part; ValueError if hardly any is."""
+        """`count` problems of the training or the held-out part; ValueError if they are rare."""
         found: list[str] = []
         for _ in range(1000 + 100 * count):
             numbers = torch.randint(self.largest + 1, (self.operands,), generator=generator)

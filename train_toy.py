@@ -80,7 +80,10 @@ def parser_of(settings: type, usage: str) -> ArgumentParser:
             continue
         kind = type(field.default)
         if field.name not in comments or kind not in (int, float, str):
-            raise ValueError(f"{field.name}: expected an int, a float or a str, and a comment")
+            raise ValueError(
+                f"setting {field.name}: expected an int, a float or a str as default, and behind it"
+                " a comment, which is the flag's help; for a switch take 0 and 1, or two words"
+            )
         text = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=kind, choices=get_args(field.type) or None, help=text)
@@ -233,6 +236,12 @@ def respond(model, task, config: Settings, problems: list, samples: int, tempera
     return responses, pr2_mini.checked_rewards(rewards, len(problems), samples)
 
 
+def load(folder: Path, device: str = "cpu") -> dict:
+    """The checkpoint of a run, or what stands for it before the first."""
+    path = folder / "checkpoint.pt"
+    return torch.load(path, map_location=device) if path.exists() else {"history": []}
+
+
 def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
     """A run, or the rest of one, and if it is alone a report; returns the rows of metrics.jsonl."""
     lock = FileLock(folder / "run.lock")  # the system lets go of it when the process ends
@@ -240,11 +249,6 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         lock.acquire(timeout=0)
     except Timeout:
         PARSER.error(f"another process is at work in {folder}; wait for it")
-    checkpoint = folder / "checkpoint.pt"
-    state = torch.load(checkpoint, map_location=settings.device) if checkpoint.exists() else {}
-    history = state.get("history", [])
-    done = len(history)
-    refuse(done > settings.steps, f"{folder} has {done} rollout batches; give more --steps")
     save(json.dumps(vars(settings), indent=2), folder / "config.json")
 
     # Build.
@@ -264,6 +268,8 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
     rates = [group["lr"] for group in optimizer.param_groups]
 
     # Maybe resume. What was written after the last checkpoint is made again.
+    state = load(folder, settings.device)
+    history = state["history"]
     if history:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -271,7 +277,7 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
 
     # Loop.
     routes = None
-    bar = tqdm(range(done + 1, settings.steps + 1), f"RL with {settings.method}")
+    bar = tqdm(range(len(history) + 1, settings.steps + 1), f"RL with {settings.method}")
     for step in bar:
         # Ours: Adam's first steps are as large as its rate allows and would scramble the routers.
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -305,7 +311,7 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         if tenth and not row["skipped"]:
             state = {"history": history, "model": model.state_dict()}
             state["optimizer"] = optimizer.state_dict()
-            save(state, checkpoint)
+            save(state, folder / "checkpoint.pt")
         bar.set_postfix(reward=f"{row['reward']:.2f}", refresh=False)
 
     if alone:
@@ -421,8 +427,10 @@ def compare(given: dict) -> None:
     refuse(given.get("seeds", 3) < 1, "--seeds must be 1 or more")
     plan = {}
     for variant in given["compare"] or get_args(RLConfig.__annotations__["method"]):
-        changes = re.split("[:,]", f"method={variant}")
-        flags = ["--" + change.replace("_", "-") for change in changes]
+        flags = []
+        for change in re.split("[:,]", f"method={variant}"):
+            name, equals, value = change.partition("=")
+            flags.append(f"--{name.replace('_', '-')}{equals}{value}")
         own = vars(PARSER.parse_args(flags))
         shared = own.keys() & (NO_SETTINGS | {"seed", "steps"})
         refuse(bool(shared), f"{variant}: {', '.join(shared)} is the same for all variants")
@@ -504,13 +512,16 @@ def draw(histories: dict[str, list[list[dict]]], path: Path) -> None:
 
 # --------------------------------------------------------------------------------------- 7. Main
 def read_config(folder: Path) -> dict:
-    """The settings that a run's config.json holds."""
+    """The settings of a run's config.json, checked as flags are."""
+    path = folder / "config.json"
+    refuse(not path.is_file(), f"{path} is missing; --resume takes the folder of a run")
     try:
-        settings = json.loads((folder / "config.json").read_text())
-        Settings(**settings)
-    except (OSError, ValueError, TypeError):
-        PARSER.error(f"{folder} has no config.json of a run; --resume takes the folder of a run")
-    return settings
+        settings = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        PARSER.error(f"{path} is damaged: expected the settings of a run as JSON")
+    names = [name for name in settings if name not in ("eos", "pad")]  # those are the task's
+    flags = [f"--{name.replace('_', '-')}={settings[name]}" for name in names]
+    return vars(PARSER.parse_args(flags))
 
 
 def main(arguments: list[str]) -> None:
@@ -518,17 +529,20 @@ def main(arguments: list[str]) -> None:
     if "compare" in given:
         return compare(given)
     refuse("seeds" in given, "--seeds goes with --compare")
-    resumes = "resume" in given
-    others = given.keys() - {"resume", "steps"}
-    refuse(resumes and bool(others), "--resume goes with --steps alone; all else is in config.json")
-    values = read_config(given["resume"]) if resumes else {}
-    values.update(given)
+    values = given
+    if "resume" in given:
+        others = given.keys() - {"resume", "steps"}
+        refuse(bool(others), "only --steps may be given with --resume; all else is in config.json")
+        values = read_config(given["resume"]) | given
     settings = settings_of(values)
     name = f"{settings.method}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = given.get("resume", given.get("out", Path("runs") / name))
-    files = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    foreign = not resumes and bool(files - {"run.lock", "config.json.partial"})
-    refuse(foreign, f"{folder} is not empty; choose another --out, or --resume a run")
+    if "resume" in given:
+        done = len(load(folder)["history"])
+        refuse(done > settings.steps, f"{folder} has {done} rollout batches; give more --steps")
+    elif folder.exists():
+        files = {path.name for path in folder.iterdir()} - {"run.lock", "config.json.partial"}
+        refuse(bool(files), f"{folder} is not empty; choose another --out, or --resume a run")
     print(f"run               {folder}")
     if train(settings, folder)[-1]["skipped"]:
         raise SystemExit("the last update was skipped; checkpoint.pt is the last one before it")

@@ -60,13 +60,15 @@ class Sums(Questions):
     def solutions(self, problems: list, slip: float, generator: torch.Generator) -> Tensor:
         """(Q, response_length) int64 ids, padded on the right; each sum is off by one with
         probability `slip`, and is carried on."""
-        solutions = torch.full((len(problems), self.response_length), self.pad)
-        for row, problem in enumerate(problems):
+        questions = []
+        for problem in problems:
             words = problem.text.removeprefix("What is ").removesuffix("?").split(" plus ")
-            toy = AdditionTask(operands=len(words))
-            question = "+".join(str(NUMBERS.index(word)) for word in words)
-            (text,) = toy.decode(toy.solutions([question], slip, generator))  # "5,6."
-            *sums, total = text.rstrip(".").split(",")
+            questions.append("+".join(str(NUMBERS.index(word)) for word in words))
+        toy = AdditionTask(operands=len(words))
+        worked = toy.decode(toy.solutions(questions, slip, generator))  # "5,6."
+        solutions = torch.full((len(problems), self.response_length), self.pad)
+        for row, running in enumerate(worked):
+            *sums, total = running.rstrip(".").split(",")
             text = " ".join([*sums, f"\\boxed{{{total}}}<end>"])
             ids = self.tokenizer.encode(text, add_special_tokens=False)
             solutions[row, : len(ids)] = torch.tensor(ids)

@@ -78,9 +78,9 @@ class PiecewiseEngine(RolloutEngine):
 
     def sample(self, prompts: Tensor, pads: Tensor, generator=None) -> Rollout:
         """As RolloutEngine.sample."""
+        size = self.prompts_at_once
         parts = []
-        pieces = prompts.split(self.prompts_at_once)
-        for some_prompts, some_pads in zip(pieces, pads.split(len(pieces[0])), strict=True):
+        for some_prompts, some_pads in zip(prompts.split(size), pads.split(size), strict=True):
             parts.append(super().sample(some_prompts, some_pads, generator))
         return join(parts)
 

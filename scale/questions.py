@@ -220,9 +220,10 @@ class Questions:
             else:
                 self.parts[zlib.crc32(text.strip().encode()) % 8 == 0].append(question)
         if not self.parts[True] or not self.parts[False]:
+            omissions = "; ".join(self.omissions()) or "none was left out"
             raise DataError(
                 f"{settings.data} has {len(self.parts[False])} questions to train on and "
-                f"{len(self.parts[True])} held out; add questions (left out: {list(self.left_out)})"
+                f"{len(self.parts[True])} held out; add questions ({omissions})"
             )
         prompts = [question.ids for part in self.parts.values() for question in part]
         self.longest = max(map(len, prompts))
@@ -230,6 +231,11 @@ class Questions:
         taken = {ids[place] for ids in prompts for place in (0, -1)}
         tokens = [self.tokenizer.pad_token_id, *self.eos, *self.known]
         self.pad = next(token for token in tokens if token in self.known and token not in taken)
+
+    def omissions(self) -> list[str]:
+        """A line for each reason why questions were left out."""
+        reasons = self.left_out.items()
+        return [f"left out: {len(n)} {reason}, the first in line {n[0]}" for reason, n in reasons]
 
     def prompt(self, question: str, *answer: str) -> str:
         """A question, or a question and its answer, as the chat template writes it."""

@@ -84,14 +84,8 @@ def parse(arguments: list[str]) -> tuple[Settings, dict]:
     if resume:
         others = given.keys() - MAY_CHANGE
         refuse(bool(others), f"--resume goes with {sorted(MAY_CHANGE)}, not with {sorted(others)}")
-        try:
-            config = json.loads(Path(resume, "config.json").read_text())
-            kept = config["settings"]
-            same = kept.keys() == vars(Settings()).keys()
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            same = False
-        refuse(not same, f"{resume} has no config.json of a run of this edition of the program")
-        given = kept | given | {"out": resume}
+        config = read_config(Path(resume, "config.json"))
+        given = config["settings"] | given | {"out": resume}
     settings = Settings(**given)
     check_ranges(settings, PARSER)
     folder = Path(settings.out)
@@ -114,6 +108,18 @@ def parse(arguments: list[str]) -> tuple[Settings, dict]:
         missing = package in ("vllm", "wandb", "trackio") and not importlib.util.find_spec(package)
         refuse(missing, f"{package} is missing: pip install {package}")
     return settings, config
+
+
+def read_config(path: Path) -> dict:
+    """What a run's config.json holds, its settings as they are for this edition."""
+    refuse(not path.is_file(), f"{path} is missing; --resume takes the folder of a run")
+    try:
+        config = json.loads(path.read_text())
+        names = list(config["settings"])
+    except (ValueError, LookupError, TypeError):
+        PARSER.error(f"{path} is damaged: expected the settings of a run as JSON")
+    refuse(set(names) != set(vars(Settings())), f"{path} is of another edition of this program")
+    return config
 
 
 # --------------------------------------------------------------------------------- 2. Training
@@ -174,8 +180,8 @@ def train(settings: Settings, config: dict) -> None:
         processes.fill(model, partial(checkpoints.load, settings.checkpoint, dtype=None))
     tracker = None
     if RANK == 0:
-        for reason, lines in task.left_out.items():
-            print(f"left out: {len(lines)} {reason}, the first in line {lines[0]}")
+        for line in task.omissions():
+            print(line)
         tracker = open_files(settings, config, task, history)
 
     # Loop.
