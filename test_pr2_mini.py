@@ -829,11 +829,13 @@ def test_setting_of_a_fork_is_a_flag_or_its_mistake_is_named(line, mistake, tmp_
     ("--meth r3", "unrecognized arguments: --meth r3"),
     ("--steps 0", "steps is 0; expected 1 or more"),
     ("--prompts 63", "prompts must be a multiple of mini_steps"),
+    ("--slip 5", "slip and feature_share are shares, at most 1"),
     ("--device mps" if DEVICE == "cuda" else "--device cuda", "is not available here"),
     ("--resume nowhere", "config.json is missing"),
     ("--resume RUN --alpha 0.5", "only --steps may be given with --resume"),
     ("--resume RUN --steps 2", "has 3 rollout batches; give more --steps"),
     ("--out RUN", "choose another --out"),
+    ("--out RUN/config.json", "--out is a file; expected a folder"),
     ("--compare pr3:seed=1", "pr3:seed=1: seed is the same for all variants"),
     ("--compare r3 --out RUN", "which no comparison made"),
 )
@@ -867,6 +869,7 @@ def base_name(folder, monkeypatch, sizes=None, edited=None, **changes):
     ({"sizes": {"num_experts": 16}}, False),
     ({"edited": AdditionTask}, False),
     ({"edited": pr2_mini.MoE}, False),
+    ({"edited": pr2_mini.ModelConfig}, False),
     ({"edited": NO_WARM_UP}, False),
 )
 def test_name_of_a_base_model_depends_on_what_it_is_made_of(changes, same, tmp_path, monkeypatch):

@@ -61,7 +61,6 @@ class Settings(RLConfig):
     base_dir: str = "base"  # where warmed-up base models are kept
 
 
-RUN_ONLY = {"steps", "prompts", "base_dir"}  # what a base model does not depend on
 NO_SETTINGS = {"out", "resume", "compare", "seeds"}  # flags that are none
 # Defaults with --compare: a regime where replay changes what is learned, with one expert a token,
 # coarse rollouts, fast routers and short sums.
@@ -115,6 +114,7 @@ def settings_of(values: dict) -> Settings:
     check_ranges(s, PARSER)
     refuse(s.prompts % s.mini_steps != 0, "prompts must be a multiple of mini_steps")
     refuse(s.beta1 >= 1, "beta1 must be below 1")
+    refuse(max(s.slip, s.feature_share) > 1, "slip and feature_share are shares, at most 1")
     refuse(s.temperature == 0, "temperature must be above 0")
     refuse(s.experts_per_token > s.experts, "experts_per_token must not exceed experts")
     refuse(s.expert_width % 8 != 0, "expert_width must be a multiple of 8")
@@ -187,11 +187,13 @@ def untrained_model(task: AdditionTask, settings: Settings) -> MoETransformer:
 def warm_up_or_load(model: MoETransformer, task: AdditionTask, settings: Settings) -> None:
     """Warms the model up, or takes what an earlier run has kept. A file's name depends on all that
     it is made of: settings, parameters, and the code of the model, the task and the warm-up."""
-    of_a_run = RUN_ONLY | {field.name for field in fields(RLConfig)}
+    of_a_run = {"steps", "prompts", "base_dir"} | {field.name for field in fields(RLConfig)}
     made_of = [f"{name} {value}" for name, value in vars(settings).items() if name not in of_a_run]
     made_of += [f"{name} {tuple(weight.shape)}" for name, weight in model.state_dict().items()]
-    parts = dict.fromkeys(type(module) for module in model.modules())
-    made_of += [inspect.getsource(each) for each in (*parts, *type(task).__mro__[:-1], warm_up)]
+    code = [ModelConfig, untrained_model, warm_up, pr2_mini.rotate]
+    code += type(task).__mro__[:-1]  # the task's class and those it inherits from
+    code += dict.fromkeys(type(module) for module in model.modules())
+    made_of += [inspect.getsource(each) for each in code]
     path = Path(settings.base_dir) / f"{type(task).__name__}-{settings.seed}-{digest(made_of)}.pt"
     with FileLock(f"{path}.lock"):  # another process may be making the same one
         if not path.exists():
@@ -236,14 +238,13 @@ def respond(model, task, config: Settings, problems: list, samples: int, tempera
     return responses, pr2_mini.checked_rewards(rewards, len(problems), samples)
 
 
-def load(folder: Path, device: str = "cpu") -> dict:
-    """The checkpoint of a run, or what stands for it before the first."""
-    path = folder / "checkpoint.pt"
-    return torch.load(path, map_location=device) if path.exists() else {"history": []}
-
-
 def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
     """A run, or the rest of one, and if it is alone a report; returns the rows of metrics.jsonl."""
+    path = folder / "checkpoint.pt"
+    state = torch.load(path, map_location=settings.device) if path.exists() else {"history": []}
+    history = state["history"]
+    done = len(history)
+    refuse(done > settings.steps, f"{folder} has {done} rollout batches; give more --steps")
     lock = FileLock(folder / "run.lock")  # the system lets go of it when the process ends
     try:
         lock.acquire(timeout=0)
@@ -260,7 +261,7 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
     examples = list(dict.fromkeys(drawn))[:8]
     held_out = task.problems(256, generator_for("held out"), held_out=True)
     model = untrained_model(task, settings)
-    respond(model, task, config, examples, samples=2, temperature=1.0)  # a fault shows at once
+    respond(model, task, config, examples, samples=2, temperature=1.0)  # a bug shows here at once
     warm_up_or_load(model, task, settings)
     before = respond(model, task, config, examples, samples=8, temperature=1.0)
     engine = pr2_mini.RolloutEngine(model, config)
@@ -268,8 +269,6 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
     rates = [group["lr"] for group in optimizer.param_groups]
 
     # Maybe resume. What was written after the last checkpoint is made again.
-    state = load(folder, settings.device)
-    history = state["history"]
     if history:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -277,7 +276,7 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
 
     # Loop.
     routes = None
-    bar = tqdm(range(len(history) + 1, settings.steps + 1), f"RL with {settings.method}")
+    bar = tqdm(range(done + 1, settings.steps + 1), f"RL with {settings.method}")
     for step in bar:
         # Ours: Adam's first steps are as large as its rate allows and would scramble the routers.
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -293,13 +292,14 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         start = time.perf_counter()
         row = pr2_mini.rl_step(model, engine, optimizer, config, prompts, pads, reward, generator)
         row["seconds"] = time.perf_counter() - start
-        log_ratio = max(row[f"log_ratio_max/{i}"] for i in mini_steps_of(row))
+        log_ratios = [row[f"log_ratio_max/{i}"] for i in mini_steps_of(row)]
+        log_ratio = float(torch.tensor(log_ratios).max())  # NaN if any is
         row["largest_ratio"] = math.exp(min(700.0, log_ratio))  # pi_theta / pi_old or its inverse
         row["skipped"] = sum(row[f"skipped/{i}"] for i in mini_steps_of(row))
 
         # Evaluate the training model on problems that are never trained on.
-        tenth = step % 10 == 0 or step in (1, settings.steps)
-        if tenth:
+        due = step % 10 == 0 or step in (1, settings.steps)
+        if due:
             row["held_out"] = float(respond(model, task, config, held_out, 1, 1.0)[1].mean())
             row["greedy"] = float(respond(model, task, config, held_out, 1, 0.0)[1].mean())
 
@@ -308,10 +308,10 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         history.append({"step": step, **finite})
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(history[-1]) + "\n")
-        if tenth and not row["skipped"]:
+        if due and not row["skipped"]:
             state = {"history": history, "model": model.state_dict()}
             state["optimizer"] = optimizer.state_dict()
-            save(state, folder / "checkpoint.pt")
+            save(state, path)
         bar.set_postfix(reward=f"{row['reward']:.2f}", refresh=False)
 
     if alone:
@@ -426,7 +426,7 @@ def compare(given: dict) -> None:
     refuse("method" in given or "resume" in given, "--compare takes no --method and no --resume")
     refuse(given.get("seeds", 3) < 1, "--seeds must be 1 or more")
     plan = {}
-    for variant in given["compare"] or get_args(RLConfig.__annotations__["method"]):
+    for variant in given["compare"] or pr2_mini.RECORDS:
         flags = []
         for change in re.split("[:,]", f"method={variant}"):
             name, equals, value = change.partition("=")
@@ -458,23 +458,22 @@ def compare(given: dict) -> None:
 def print_table(columns: dict[str, list[dict]]) -> None:
     """A column a variant: means over seeds ± half a 95 % interval, of the paired difference to the
     first variant; for that one, and for "removed", a difference already, of the mean."""
-    base = next(iter(columns.values()))
-    n = len(base)
+    n = len(next(iter(columns.values())))
     t95 = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t
     t = t95[n - 1] if n <= 10 else 1.96 + 2.5 / (n - 1)  # n - 1 degrees of freedom
-    print(f"\n{n} seeds, ± half a 95 % interval; beside the first, of the difference to it\n")
+    print(f"\n{n} seeds; ± half a 95 % interval of the difference to the first variant (in its own")
+    print("column, and in rows of what prediction removed or could have: of the mean)\n")
     print("| | " + " | ".join(columns) + " |")
     print("|" + " --- |" * (len(columns) + 1))
     for name in dict.fromkeys(name for runs in columns.values() for name in runs[0]):
-        cells = []
-        for runs in columns.values():
-            values = [run.get(name, math.nan) for run in runs]
-            apart = values
-            if runs is not base and not name.startswith("remov"):
-                pairs = zip(values, base, strict=True)
-                apart = [value - other.get(name, math.nan) for value, other in pairs]
-            spread = t * torch.tensor(apart).std(correction=0) / math.sqrt(max(1, n - 1))
-            cells.append(f"{statistics.fmean(values):.3g} ± {spread:.2g}")
+        found = [[run.get(name, math.nan) for run in runs] for runs in columns.values()]
+        values = torch.tensor(found)  # (variants, n)
+        apart = values.clone()
+        if not name.startswith("remov"):
+            apart[1:] -= values[0]
+        spreads = t * apart.std(1, correction=0) / math.sqrt(max(1, n - 1))
+        pairs = zip(values.mean(1), spreads, strict=True)
+        cells = [f"{mean:.3g} ± {spread:.2g}" for mean, spread in pairs]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
@@ -486,7 +485,7 @@ def draw(histories: dict[str, list[list[dict]]], path: Path) -> None:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    style.use("tableau-colorblind10")
+    style.use("petroff10")  # colours that the colour-blind can tell apart
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     reward, held_out, agreement, largest = figure.subplots(2, 2).flat
     for variant, runs in histories.items():
@@ -495,15 +494,17 @@ def draw(histories: dict[str, list[list[dict]]], path: Path) -> None:
         means = [mean_of(rows, "reward") for rows in batches]
         smooth = [statistics.fmean(means[max(0, end - 10) : end]) for end in x]
         colour = reward.plot(x, smooth, label=variant)[0].get_color()
-        held_out.plot(x[9::10], [mean_of(rows, "held_out") for rows in batches[9::10]], "o-")
+        due = [step for step in x if "held_out" in batches[step - 1][0]]
+        held_out.plot(due, [mean_of(batches[step - 1], "held_out") for step in due], "o-")
         largest.plot(x, [max(row["largest_ratio"] for row in rows) for rows in batches])
         columns = [summary(run) for run in runs]
-        x = mini_steps_of(columns[0])
-        agreement.plot(x, [mean_of(columns, f"agreement/{i}") for i in x], "o-")
-        agreement.plot(x, [mean_of(columns, f"stale_agreement/{i}") for i in x], ":", color=colour)
+        ticks = mini_steps_of(columns[0])
+        agreement.plot(ticks, [mean_of(columns, f"agreement/{i}") for i in ticks], "o-")
+        stale = [mean_of(columns, f"stale_agreement/{i}") for i in ticks]
+        agreement.plot(ticks, stale, ":", color=colour)
     reward.set(title="Sampled reward (mean of 10 batches)", xlabel="rollout batch")
     held_out.set(title="Held-out accuracy", xlabel="rollout batch")
-    agreement.set(title="Experts still chosen; dotted: stale replay", xlabel="mini-step", xticks=x)
+    agreement.set(title="Experts still chosen (dotted: stale)", xlabel="mini-step", xticks=ticks)
     largest.set(title="Largest PPO ratio of any seed", xlabel="rollout batch", yscale="log")
     reward.legend(frameon=False)
     figure.savefig(path, dpi=100)
@@ -526,6 +527,7 @@ def read_config(folder: Path) -> dict:
 
 def main(arguments: list[str]) -> None:
     given = vars(PARSER.parse_args(arguments))
+    refuse(given.get("out", Path()).is_file(), "--out is a file; expected a folder")
     if "compare" in given:
         return compare(given)
     refuse("seeds" in given, "--seeds goes with --compare")
@@ -537,10 +539,7 @@ def main(arguments: list[str]) -> None:
     settings = settings_of(values)
     name = f"{settings.method}-seed{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = given.get("resume", given.get("out", Path("runs") / name))
-    if "resume" in given:
-        done = len(load(folder)["history"])
-        refuse(done > settings.steps, f"{folder} has {done} rollout batches; give more --steps")
-    elif folder.exists():
+    if "resume" not in given and folder.exists():
         files = {path.name for path in folder.iterdir()} - {"run.lock", "config.json.partial"}
         refuse(bool(files), f"{folder} is not empty; choose another --out, or --resume a run")
     print(f"run               {folder}")
