@@ -15,18 +15,19 @@ set goes stale: an expert that the router has since come to prefer gets no gradi
 The idea. PR2 keeps the replay but records a *prediction*: the experts that the router will want by
 the time the token is trained. A router's logits are p = h W, where h is its input, and they change
 mostly because W changes: p_new - p_old is about h (W_new - W_old), linear in h. So a second matrix
-W_p beside W, kept across batches, is trained at every piece of a batch but the first, so that
-m h W_p is the change of the logits since the rollout. Betting that the next batch drifts alike, PR2
-records the top-k of p + m h W_p. The horizon m (ours; the paper has 1) grows with the piece, from
-0 for the first (so no prediction) to 1 for the last: W_p is the change over a batch. Pieces
-are consecutive prompts: the m of each is known before it is sampled. Experts that are about to be
-chosen get their gradient in time. In the training engine replay and prediction only *pick* the set;
-how much each expert counts is the current router's softmax, and through that the router learns. W_p
-starts at zero: in the first batch, and always if kappa is 1, pr2 is exactly r2, and pr3 is r3.
+W_p beside W, kept across batches, is trained at every piece of a batch but the first, to give the
+change of the logits since the rollout as m h W_p. Betting that the next batch drifts alike, PR2
+records the top-k of p + m h W_p. The horizon m (ours; the paper has 1) grows with the piece, from 0
+for the first (so no prediction) to 1 for the last: W_p is the change over kappa - 1 updates. A
+recording takes 0.7 m (ours): W_p is a noisy estimate. Pieces are consecutive prompts, so m is known
+before one is sampled. Experts that are about to be chosen get their gradient in time. In the
+training engine replay and prediction only *pick* the set; how much each expert counts is the
+current router's softmax, and through that the router learns. W_p starts at zero: in the first
+batch, and always if kappa is 1, pr2 is exactly r2, and pr3 is r3.
 
 One rollout batch in short (of pr3, the default; rl_step is this in full):
-    responses, experts = sample(prompts)           by an engine whose router is W + m W_p, with the
-                                                   m of the piece that the prompt belongs to
+    responses, experts = sample(prompts)       by an engine whose router is W + 0.7 m W_p, with the
+                                               m of the piece that the prompt belongs to
     log pi_old, p_old, h_old = model(responses, experts)         the old pass, before any update
     for i, piece in enumerate(pieces, start=1):                  kappa mini-steps
         log pi_theta, p = model(piece, experts)                  weighed by today's softmax(p)
@@ -37,14 +38,14 @@ One rollout batch in short (of pr3, the default; rl_step is this in full):
 
 Notation (shapes for one layer and one token). Weights are stored as torch.nn.Linear stores them,
 (N, D), so p = h W reads F.linear(h, weight).
-  mu_old           the policy that sampled: the rollout engine's, whose router is W; pr3: W + m W_p
+  mu_old           the rollout engine's policy; its router is W, under pr3 W + 0.7 m W_p
   pi_old, pi_theta the training engine's policy, with theta_old; with today's weights theta
   h                input of the router                                                  D
   W, p = h W       router weight; router logits                                         N
   rho              softmax(p), the routing distribution                                 N
   h_old, p_old     h and p in the training engine with theta_old                        D; N
   W_p, b = h W_p   evolution predictor, shaped like W; the change of logits it predicts N
-  m, rho_hat       horizon; softmax(p + m b), the predictive routing distribution       N
+  m, rho_hat       horizon (a recording: 0.7 m); softmax(p + m b), the predicted rho    N
   kappa, i         mini-steps: updates, each on its own piece of the batch; i = 1..kappa
   alpha            learning rate of W_p divided by that of W
   Q, G, P, C       prompts in a batch; responses to each; longest prompt; longest response
@@ -60,12 +61,12 @@ The table of passes: which experts run in which. pr2 is r2, and pr3 is r3, with 
   r3       top-k of rho          replay of the rollout               replay of the rollout
   pr3      top-k of rho_hat      replay of the rollout               replay of the rollout
 In the training engine rho weighs them, always. The rollout engine of pr3 is an ordinary MoE whose
-router is W + m W_p, so there rho_hat picks and weighs; PPO's ratio, pi_theta / pi_old, leaves that
+router is W + 0.7 m W_p: there rho_hat picks and weighs; PPO's ratio, pi_theta / pi_old, leaves that
 uncorrected (tis_cap can correct for it). The default, pr3, is what the paper's abstract describes,
 pr2 what its main tables were run with: take pr2 where the engine's router is not yours to set.
 
 A *deviation* is a replayed expert that today's router would not choose, for one token in one layer.
-The *stale counterfactual* asks the same of the top-k of p_old. Metrics count what is no deviation.
+The *stale counterfactual* asks the same of the top-k of p_old.
 
 Part I is the method. Part II is what it stands on: a transformer and a sampler. Part III is a task.
 Paper: Dong et al., arXiv:2606.00395. What is not the paper's is marked "ours".
@@ -114,8 +115,7 @@ class Router(nn.Module):
             experts = (p + horizon * self.change(h)).topk(self.top_k).indices
         else:
             experts = p.topk(self.top_k).indices
-        # Whatever picked the set, rho weighs it: the policy's loss reaches W through these weights.
-        # It never reaches W_p, since an index has no gradient.
+        # rho weighs the set, whoever picked it, so that the policy's loss reaches W but not W_p.
         if self.norm_topk_prob:
             weights = p.gather(-1, experts).softmax(-1)  # rho on the set, divided by its sum
         else:
@@ -209,6 +209,7 @@ class RLConfig:
     ratio: Literal["token", "sequence"] = "token"  # what PPO clips: GRPO's ratio, or GSPO's
     prediction: Literal["learned", "momentum"] = "learned"  # momentum is ours: section 7
     schedule: Literal["linear", "constant"] = "linear"  # of m; constant is the paper's m = 1
+    shrink: float = 0.7  # share of m that a recording takes, if learned and linear (ours)
     matching: Literal["post", "delta"] = "post"  # what a learned predictor matches
     alpha: float = 0.1  # learning rate of the predictors W_p divided by the routers'
     feature_share: float = 1.0  # share of the tokens whose h_old is kept to train W_p
@@ -248,7 +249,7 @@ class RLConfig:
     def horizon(self, i: int) -> float:
         """m for what is trained in mini-step i. "linear" (ours): (i - 1) / (kappa - 1), from 0 at
         i = 1, where no router has moved, to 1 for the last. "constant" (the paper's): 1, at i = 1
-        too. prediction="momentum" has its own, 0, beta1, beta1 + beta1^2, ...: section 7."""
+        too. prediction="momentum" counts updates: 0, beta1, beta1 + beta1^2, ...: section 7."""
         if self.prediction == "momentum":
             return float(sum(self.beta1**j for j in range(1, i)))
         if self.schedule == "constant":
@@ -256,8 +257,10 @@ class RLConfig:
         return (i - 1) / max(1, self.mini_steps - 1)
 
     def horizon_in(self, engine: str, i: int) -> float | None:
-        """m by which an engine, "rollout" or "training", picks for mini-step i; None: by none."""
-        return self.horizon(i) if self.predicts and self.recorder == engine else None
+        """m by which an engine, "rollout" or "training", picks for mini-step i; None: by rho."""
+        shrunk = self.prediction == "learned" and self.schedule == "linear"
+        m = self.shrink * self.horizon(i) if shrunk else self.horizon(i)
+        return m if self.predicts and self.recorder == engine else None
 
 
 def make_optimizer(model: "MoETransformer", config: RLConfig) -> torch.optim.AdamW:
@@ -318,8 +321,8 @@ def rl_step(model, engine, optimizer, config, prompts, pads, reward, generator=N
     # Phase 4. kappa updates.
     for i, micro_batches in enumerate(mini_batches, start=1):
         optimizer.zero_grad()
-        # Counts of the whole mini-step; of several processes (scale/) the mean per process, since
-        # gradients are averaged: so a loss is the mean over the tokens of all.
+        # Counts of the whole mini-step, averaged over processes (scale/) as gradients are: so a
+        # loss is the mean over all tokens.
         n_tokens = over_processes(sum(batch.mask.sum() for batch in micro_batches))
         n_kept = over_processes(sum(batch.kept.sum() for batch in micro_batches)).clamp(min=1)
         sums = defaultdict(float)
@@ -333,7 +336,7 @@ def rl_step(model, engine, optimizer, config, prompts, pads, reward, generator=N
             sums["loss"] += loss.detach()
 
             # old_pass keeps h_old for pr2 and pr3, if W_p is learned, and for i > 1 only: at i = 1,
-            # where p still is p_old, m = 0 gives no gradient, and m = 1 would teach "no change".
+            # where p still is p_old, m = 0 gives no gradient, and m = 1 would say "no change".
             if batch.h_old is not None:
                 layers = zip(model.routers, batch.h_old, strict=True)
                 b = torch.stack([router.change(h_old) for router, h_old in layers])
@@ -354,9 +357,9 @@ def rl_step(model, engine, optimizer, config, prompts, pads, reward, generator=N
 
 
 def roll_out(model, engine, config: RLConfig, prompts, pads, generator) -> Rollout:
-    """Samples from the engine, with today's weights. Under pr3 its router is W + m W_p, with the m
-    of the mini-step that will train the prompt. Where m W_p differs between mini-steps each one's
-    prompts are sampled in a call of their own, a wave; otherwise one call samples all."""
+    """Samples from the engine, with today's weights. Under pr3 its router is W + m W_p, with m of
+    the mini-step that will train the prompt. Where it differs between mini-steps each one's prompts
+    are sampled in a call of their own, a wave; otherwise one call samples all."""
     horizons = [config.horizon_in("rollout", i) for i in range(1, config.mini_steps + 1)]
     if len(set(horizons)) == 1 or not any(router.predictor.any() for router in model.routers):
         horizons = horizons[:1]
@@ -403,7 +406,7 @@ def old_pass(model, config: RLConfig, rollout: Rollout, advantages, rows, i: int
         batch.route = trace.experts
     batch.stale = trace.logits.topk(route.shape[-1]).indices  # by rho, whatever was recorded
     # The features that W_p will learn from. For each token h_old has L x D numbers, by far the most
-    # that PR2 keeps: 200 kB in bfloat16 at L = 48, D = 2048. All methods draw: same random stream.
+    # that PR2 keeps: 200 kB in bfloat16 at L = 48, D = 2048. All methods draw, so pr2 can equal r2.
     draws = torch.rand(int(mask.sum()), generator=generator, device=mask.device)
     batch.kept = draws < config.feature_share
     if config.predicts and config.prediction == "learned" and i > 1:
@@ -414,8 +417,8 @@ def old_pass(model, config: RLConfig, rollout: Rollout, advantages, rows, i: int
 
 def replay_of(batch: MicroBatch, config: RLConfig, updates: bool) -> Tensor | None:
     """The route that the old pass or an update replays, or None where its routers choose: see the
-    table of passes. To replay a part, change this and Router.forward. Both must run one route, or
-    "log_ratio_max/1" > 0: test in fp8; in fp32 routers choose what would be replayed anyway."""
+    table of passes. To replay a part, change this and Router.forward. Old pass and updates must run
+    one route, or "log_ratio_max/1" > 0 in fp8; in fp32 routers choose what is replayed anyway."""
     records = config.recorder == "training" and not updates  # what the updates will replay
     return None if records or config.recorder is None else batch.route
 
@@ -519,7 +522,7 @@ def measure(model, log_ratio, batch: MicroBatch, trace: Trace, config) -> dict[s
         "agreement": same / k,  # slots without deviation; a token has k slots in a layer
         "no_deviation": same == k,  # sets without deviation
         "one_deviation": same == k - 1,
-        "stale_agreement": stale_same / k,  # the same, if the top-k of p_old had been replayed
+        "stale_agreement": stale_same / k,  # the same of the top-k of p_old
         "stale_no_deviation": stale_same == k,
         # The probability that the current router gives to experts outside of the recorded set.
         "coverage_gap": 1 - trace.logits.softmax(-1).gather(-1, recorded).sum(-1),
@@ -527,7 +530,7 @@ def measure(model, log_ratio, batch: MicroBatch, trace: Trace, config) -> dict[s
     sums = {name: values.float().mean(0).sum() for name, values in by_layer.items()}
     if batch.h_old is not None:
         # What a W_p that knew the drift of W would predict: the top-k of h_old W with today's W,
-        # for the kept tokens. It misses where inputs have moved.
+        # for the kept tokens. It misses where inputs have moved, which W_p itself can learn.
         layers = zip(model.routers, batch.h_old, strict=True)
         ideal = torch.stack([router(h_old)[1] for router, h_old in layers])
         sums["ideal_agreement"] = (overlap(ideal, current[:, batch.kept]) / k).mean(0).sum()
@@ -737,15 +740,12 @@ class MoETransformer(nn.Module):
         x = self.embed(tokens)
         cosine = angle.cos().to(x.dtype)
         sine = angle.sin().to(x.dtype)
-        experts = []
-        logits = []
-        inputs = []
+        layers = []
         for layer, block in enumerate(self.blocks):
             route = None if replay is None else replay[layer]
             x, chosen, p, h = block(x, cosine, sine, mask, cache, route, horizon)
-            experts.append(chosen)
-            logits.append(p[at])
-            inputs.append(h[at])
+            layers.append((chosen, p[at], h[at]))
+        experts, logits, inputs = zip(*layers, strict=True)
         trace = Trace(torch.stack(experts), torch.stack(logits), torch.stack(inputs))
         return self.lm_head(self.norm(x)[at]), trace
 

@@ -240,16 +240,16 @@ def respond(model, task, config: Settings, problems: list, samples: int, tempera
 
 def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
     """A run, or the rest of one, and if it is alone a report; returns the rows of metrics.jsonl."""
-    path = folder / "checkpoint.pt"
-    state = torch.load(path, map_location=settings.device) if path.exists() else {"history": []}
-    history = state["history"]
-    done = len(history)
-    refuse(done > settings.steps, f"{folder} has {done} rollout batches; give more --steps")
     lock = FileLock(folder / "run.lock")  # the system lets go of it when the process ends
     try:
         lock.acquire(timeout=0)
     except Timeout:
         PARSER.error(f"another process is at work in {folder}; wait for it")
+    path = folder / "checkpoint.pt"
+    state = torch.load(path, map_location=settings.device) if path.exists() else {"history": []}
+    history = state["history"]
+    done = len(history)
+    refuse(done > settings.steps, f"{folder} has {done} rollout batches; give more --steps")
     save(json.dumps(vars(settings), indent=2), folder / "config.json")
 
     # Build.
@@ -293,7 +293,7 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         row = pr2_mini.rl_step(model, engine, optimizer, config, prompts, pads, reward, generator)
         row["seconds"] = time.perf_counter() - start
         log_ratios = [row[f"log_ratio_max/{i}"] for i in mini_steps_of(row)]
-        log_ratio = float(torch.tensor(log_ratios).max())  # NaN if any is
+        log_ratio = float(torch.tensor(log_ratios).max())  # NaN if any is, and then e^700:
         row["largest_ratio"] = math.exp(min(700.0, log_ratio))  # pi_theta / pi_old or its inverse
         row["skipped"] = sum(row[f"skipped/{i}"] for i in mini_steps_of(row))
 
@@ -339,8 +339,8 @@ def mini_steps_of(columns: dict) -> range:
 def summary(history: list[dict]) -> dict[str, float]:
     """A number a column for one run; "name/i" at mini-step i, over batches 11 and later, when the
     learning rate has risen. Of the deviating slots that stale replay would have had on the same
-    tokens, "removed" is the share that prediction took away, and "removable" the share that a
-    perfect W_p would have."""
+    tokens, "removed" is the share that prediction took away, and "removable" the share that the
+    exact change of W would have, on the old inputs."""
     settled = history[10:] or history
     columns = {"reward": mean_of(history[-10:], "reward")}
     columns["reward, second half"] = mean_of(history[len(history) // 2 :], "reward")
@@ -520,6 +520,8 @@ def read_config(folder: Path) -> dict:
         settings = dict(json.loads(path.read_text()))
     except (ValueError, TypeError):
         PARSER.error(f"{path} is damaged: expected the settings of a run as JSON")
+    missing = vars(Settings()).keys() - settings.keys()
+    refuse(bool(missing), f"{path} is of another edition: it has no {', '.join(missing)}")
     names = [name for name in settings if name not in ("eos", "pad")]  # those are the task's
     flags = [f"--{name.replace('_', '-')}={settings[name]}" for name in names]
     return vars(PARSER.parse_args(flags))

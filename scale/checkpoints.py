@@ -3,7 +3,7 @@ Qwen3-MoE, OLMoE and Mixtral.
 
     model = checkpoints.load("OLMoE-1B-7B")
     checkpoints.save(model, "OLMoE-1B-7B", "trained")  # with W_p, in a folder of its own
-    checkpoints.save(model, "OLMoE-1B-7B", "rolls-out", horizon=1.0)  # W + W_p as the router
+    checkpoints.save(model, "OLMoE-1B-7B", "rolls-out", horizon=0.7)  # W + 0.7 W_p as the router
 
 Weights are read from safetensors alone, and no code of a checkpoint is ever run.
 """
@@ -196,7 +196,7 @@ def save(model, source, path, horizon: float | None = None, rank: int = 0) -> No
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def fold(source: str | Path, path: str | Path, horizon: float = 1.0) -> None:
+def fold(source: str | Path, path: str | Path, horizon: float = 0.7) -> None:
     """Writes a trained folder again as an engine for rollouts should serve it: W + m W_p as the
-    routers, and nothing of prediction beside."""
+    routers, and nothing of prediction beside. 0.7 is the default's m for the last mini-step."""
     save(load(source, dtype=None), source, path, horizon)
