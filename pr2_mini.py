@@ -246,21 +246,20 @@ class RLConfig:
         """How far a ratio may fall and rise before PPO cuts its gradient."""
         return (3e-4, 4e-4) if self.ratio == "sequence" else (0.2, 0.28)
 
-    def horizon(self, i: int) -> float:
+    def horizon(self, i: int, share: float = 1.0) -> float:
         """m for what is trained in mini-step i. "linear" (ours): (i - 1) / (kappa - 1), from 0 at
-        i = 1, where no router has moved, to 1 for the last. "constant" (the paper's): 1, at i = 1
-        too. prediction="momentum" counts updates: 0, beta1, beta1 + beta1^2, ...: section 7."""
+        i = 1, where no router has moved, to 1 for the last, or that share of it. "constant" (the
+        paper's): 1, at i = 1 too. "momentum" (section 7) has beta1 + ... + beta1^(i-1)."""
         if self.prediction == "momentum":
             return float(sum(self.beta1**j for j in range(1, i)))
         if self.schedule == "constant":
             return 1.0
-        return (i - 1) / max(1, self.mini_steps - 1)
+        return share * ((i - 1) / max(1, self.mini_steps - 1))
 
     def horizon_in(self, engine: str, i: int) -> float | None:
         """m by which an engine, "rollout" or "training", picks for mini-step i; None: by rho."""
-        shrunk = self.prediction == "learned" and self.schedule == "linear"
-        m = self.shrink * self.horizon(i) if shrunk else self.horizon(i)
-        return m if self.predicts and self.recorder == engine else None
+        records = self.predicts and self.recorder == engine
+        return self.horizon(i, share=self.shrink) if records else None
 
 
 def make_optimizer(model: "MoETransformer", config: RLConfig) -> torch.optim.AdamW:

@@ -16,6 +16,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 from unittest import mock
 
 import pytest
@@ -237,7 +238,8 @@ def test_each_parameter_is_trained_once_in_the_group_of_its_place_whatever_a_for
 
 
 # ----------------------------------------------------------------------------- 4. One RL step
-# The table of passes: m of the two waves and old passes; the route that is replayed, None = own.
+# The table of passes in the head of pr2_mini.py, at kappa 2: horizons of the waves and of the two
+# old passes, and which route old passes and updates replay; None = top-k of rho.
 @table(
     ("method", "wave_m", "old_m", "old_replay", "update_replay"),
     ("grpo", [None], [None, None], None, None),
@@ -261,7 +263,7 @@ def test_experts_of_each_pass(method, wave_m, old_m, old_replay, update_replay, 
 
 
 def test_methods_are_those_of_the_table_of_passes_and_one_more_works(monkeypatch):
-    assert RLConfig.__annotations__["method"].__args__ == tuple(pr2_mini.RECORDS) == METHODS
+    assert get_args(RLConfig.__annotations__["method"]) == tuple(pr2_mini.RECORDS) == METHODS
     monkeypatch.setitem(pr2_mini.RECORDS, "mine", ("training", True))
     found = []
     for method in ("mine", "pr2"):
@@ -278,6 +280,8 @@ def test_methods_are_those_of_the_table_of_passes_and_one_more_works(monkeypatch
     ({"prediction": "momentum", "beta1": 0.5}, [0, 0.5, 0.75, 0.875]),
     ({"prediction": "momentum", "beta1": 0.5, "schedule": "constant"}, [0, 0.5, 0.75, 0.875]),
     ({"mini_steps": 1}, [0]),
+    ({"mini_steps": 1, "schedule": "constant"}, [1]),
+    ({"method": "r3"}, [None]),
     ({"method": "pr2"}, [None]),
 )
 def test_each_prompt_is_sampled_with_the_horizon_of_its_mini_step(changes, m, model):
@@ -822,6 +826,7 @@ def test_setting_of_a_fork_is_a_flag_or_its_mistake_is_named(line, mistake, tmp_
 @table(
     ("flags", "message"),
     ("--method ppo", "argument --method: invalid choice: 'ppo'"),
+    ("--seed one", "argument --seed: invalid int value: 'one'"),
     ("--meth r3", "unrecognized arguments: --meth r3"),
     ("--steps 0", "steps is 0; expected 1 or more"),
     ("--prompts 63", "prompts must be a multiple of mini_steps"),

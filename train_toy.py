@@ -245,9 +245,9 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         lock.acquire(timeout=0)
     except Timeout:
         PARSER.error(f"another process is at work in {folder}; wait for it")
-    path = folder / "checkpoint.pt"
-    state = torch.load(path, map_location=settings.device) if path.exists() else {"history": []}
-    history = state["history"]
+    checkpoint = folder / "checkpoint.pt"
+    state = torch.load(checkpoint, map_location=settings.device) if checkpoint.exists() else {}
+    history = state.get("history", [])
     done = len(history)
     refuse(done > settings.steps, f"{folder} has {done} rollout batches; give more --steps")
     save(json.dumps(vars(settings), indent=2), folder / "config.json")
@@ -293,7 +293,7 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         row = pr2_mini.rl_step(model, engine, optimizer, config, prompts, pads, reward, generator)
         row["seconds"] = time.perf_counter() - start
         log_ratios = [row[f"log_ratio_max/{i}"] for i in mini_steps_of(row)]
-        log_ratio = float(torch.tensor(log_ratios).max())  # NaN if any is, and then e^700:
+        log_ratio = float(torch.tensor(log_ratios).max())  # NaN if any is: shown as e^700
         row["largest_ratio"] = math.exp(min(700.0, log_ratio))  # pi_theta / pi_old or its inverse
         row["skipped"] = sum(row[f"skipped/{i}"] for i in mini_steps_of(row))
 
@@ -311,7 +311,7 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         if due and not row["skipped"]:
             state = {"history": history, "model": model.state_dict()}
             state["optimizer"] = optimizer.state_dict()
-            save(state, path)
+            save(state, checkpoint)
         bar.set_postfix(reward=f"{row['reward']:.2f}", refresh=False)
 
     if alone:
@@ -461,8 +461,8 @@ def print_table(columns: dict[str, list[dict]]) -> None:
     n = len(next(iter(columns.values())))
     t95 = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t
     t = t95[n - 1] if n <= 10 else 1.96 + 2.5 / (n - 1)  # n - 1 degrees of freedom
-    print(f"\n{n} seeds; ± half a 95 % interval of the difference to the first variant (in its own")
-    print("column, and in rows of what prediction removed or could have: of the mean)\n")
+    print(f"\n{n} seeds; ± half a 95 % interval of the difference to the first variant (in its")
+    print("own column, and in rows of what prediction removed or could have: of the mean)\n")
     print("| | " + " | ".join(columns) + " |")
     print("|" + " --- |" * (len(columns) + 1))
     for name in dict.fromkeys(name for runs in columns.values() for name in runs[0]):
