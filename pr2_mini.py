@@ -229,7 +229,7 @@ class RLConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            choices = RECORDS if field.name == "method" else get_args(field.type)
+            choices = get_args(field.type)
             if choices and getattr(self, field.name) not in choices:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}")
 
@@ -246,20 +246,23 @@ class RLConfig:
         """How far a ratio may fall and rise before PPO cuts its gradient."""
         return (3e-4, 4e-4) if self.ratio == "sequence" else (0.2, 0.28)
 
-    def horizon(self, i: int, share: float = 1.0) -> float:
-        """m for what is trained in mini-step i. "linear" (ours): (i - 1) / (kappa - 1), from 0 at
-        i = 1, where no router has moved, to 1 for the last, or that share of it. "constant" (the
-        paper's): 1, at i = 1 too. "momentum" (section 7) has beta1 + ... + beta1^(i-1)."""
+    def horizon(self, i: int) -> float:
+        """m for what is trained in mini-step i: by "linear" (ours) from 0 at i = 1, where no router
+        has moved, to 1 for the last; by "constant" (the paper's) 1, at i = 1 too. Momentum
+        (section 7) has a horizon of its own, whatever the schedule."""
         if self.prediction == "momentum":
             return float(sum(self.beta1**j for j in range(1, i)))
         if self.schedule == "constant":
             return 1.0
-        return share * ((i - 1) / max(1, self.mini_steps - 1))
+        return (i - 1) / max(1, self.mini_steps - 1)
 
-    def horizon_in(self, engine: str, i: int) -> float | None:
-        """m by which an engine, "rollout" or "training", picks for mini-step i; None: by rho."""
-        records = self.predicts and self.recorder == engine
-        return self.horizon(i, share=self.shrink) if records else None
+    def recorded_horizon(self, engine: str, i: int) -> float | None:
+        """m by which an engine, "rollout" or "training", records for mini-step i; times `shrink`,
+        if learned and linear. None: it picks by rho."""
+        if not self.predicts or self.recorder != engine:
+            return None
+        shrinks = self.prediction == "learned" and self.schedule == "linear"
+        return self.horizon(i) * (self.shrink if shrinks else 1.0)
 
 
 def make_optimizer(model: "MoETransformer", config: RLConfig) -> torch.optim.AdamW:
@@ -356,10 +359,10 @@ def rl_step(model, engine, optimizer, config, prompts, pads, reward, generator=N
 
 
 def roll_out(model, engine, config: RLConfig, prompts, pads, generator) -> Rollout:
-    """Samples from the engine, with today's weights. Under pr3 its router is W + m W_p, with m of
-    the mini-step that will train the prompt. Where it differs between mini-steps each one's prompts
-    are sampled in a call of their own, a wave; otherwise one call samples all."""
-    horizons = [config.horizon_in("rollout", i) for i in range(1, config.mini_steps + 1)]
+    """Samples from the engine, with today's weights. Under pr3 its router is W + 0.7 m W_p, with m
+    of the mini-step that will train the prompt. Where it differs between mini-steps each one's
+    prompts are sampled in a call of their own, a wave; otherwise one call samples all."""
+    horizons = [config.recorded_horizon("rollout", i) for i in range(1, config.mini_steps + 1)]
     if len(set(horizons)) == 1 or not any(router.predictor.any() for router in model.routers):
         horizons = horizons[:1]
     waves = []
@@ -399,7 +402,7 @@ def old_pass(model, config: RLConfig, rollout: Rollout, advantages, rows, i: int
         route=route,  # the rollout's; of r2 and pr2 replaced below by what the old pass ran
     )
     replay = replay_of(batch, config, updates=False)
-    m = config.horizon_in("training", i)
+    m = config.recorded_horizon("training", i)
     batch.old_logprobs, trace = response_logprobs(model, batch, config, replay=replay, horizon=m)
     if config.recorder == "training":
         batch.route = trace.experts
@@ -417,7 +420,7 @@ def old_pass(model, config: RLConfig, rollout: Rollout, advantages, rows, i: int
 def replay_of(batch: MicroBatch, config: RLConfig, updates: bool) -> Tensor | None:
     """The route that the old pass or an update replays, or None where its routers choose: see the
     table of passes. To replay a part, change this and Router.forward. Old pass and updates must run
-    one route, or "log_ratio_max/1" > 0 in fp8; in fp32 routers choose what is replayed anyway."""
+    one route, else "log_ratio_max/1" > 0 (with fp8 rollouts; in fp32 the choice is the same)."""
     records = config.recorder == "training" and not updates  # what the updates will replay
     return None if records or config.recorder is None else batch.route
 
@@ -490,14 +493,14 @@ def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
 def policy_loss(log_ratio, batch: MicroBatch, config, n_tokens, n_sequences: int) -> Tensor:
     """This micro-batch's part of the mini-step's loss, a mean over all tokens of the mini-step or,
     by GSPO, over all sequences of each one's mean over tokens. No KL penalty, no load balancing."""
-    share = batch.mask / n_tokens
+    weights = batch.mask / n_tokens
     if config.ratio == "sequence":
         log_ratio = sequence_log_ratio(log_ratio, batch.mask)
-        share = batch.mask / batch.mask.sum(1, keepdim=True) / n_sequences
+        weights = batch.mask / batch.mask.sum(1, keepdim=True) / n_sequences
     if config.tis_cap:  # mu_old sampled these tokens, and not pi_old
-        weight = bounded_exp(batch.old_logprobs - batch.sampled_logprobs)
-        share = share * weight.clamp(max=config.tis_cap)
-    return (ppo_loss(log_ratio, batch.advantages, *config.clip) * share).sum()
+        importance = bounded_exp(batch.old_logprobs - batch.sampled_logprobs)
+        weights = weights * importance.clamp(max=config.tis_cap)
+    return (ppo_loss(log_ratio, batch.advantages, *config.clip) * weights).sum()
 
 
 # --------------------------------------------------------------------------- 6. What is measured

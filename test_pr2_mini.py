@@ -4,11 +4,13 @@ import contextlib
 import copy
 import gc
 import importlib
+import inspect
 import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,6 +267,7 @@ def test_experts_of_each_pass(method, wave_m, old_m, old_replay, update_replay, 
 def test_methods_are_those_of_the_table_of_passes_and_one_more_works(monkeypatch):
     assert get_args(RLConfig.__annotations__["method"]) == tuple(pr2_mini.RECORDS) == METHODS
     monkeypatch.setitem(pr2_mini.RECORDS, "mine", ("training", True))
+    monkeypatch.setattr(RLConfig, "__post_init__", lambda config: None)  # it knows those above
     found = []
     for method in ("mine", "pr2"):
         model = randomise_predictor(tiny_model())
@@ -830,7 +833,11 @@ def test_setting_of_a_fork_is_a_flag_or_its_mistake_is_named(line, mistake, tmp_
     ("--meth r3", "unrecognized arguments: --meth r3"),
     ("--steps 0", "steps is 0; expected 1 or more"),
     ("--prompts 63", "prompts must be a multiple of mini_steps"),
-    ("--slip 5", "slip and feature_share are shares, at most 1"),
+    ("--slip 5", "slip must be at most 1"),
+    ("--feature-share 0", "feature_share must be above 0 and at most 1"),
+    ("--samples 1", "samples must be 2 or more"),
+    ("--beta1 1", "beta1 must be below 1"),
+    ("--temperature 0", "temperature must be above 0"),
     ("--device mps" if DEVICE == "cuda" else "--device cuda", "is not available here"),
     ("--resume nowhere", "config.json is missing"),
     ("--resume RUN --alpha 0.5", "only --steps may be given with --resume"),
@@ -876,14 +883,6 @@ def base_name(folder, monkeypatch, sizes=None, edited=None, **changes):
 def test_name_of_a_base_model_depends_on_what_it_is_made_of(changes, same, tmp_path, monkeypatch):
     name = base_name(tmp_path / "one", monkeypatch)
     assert (base_name(tmp_path / "other", monkeypatch, **changes) == name) == same
-
-
-def test_base_file_that_does_not_fit_is_named_with_both_remedies(finished, base, tmp_path):
-    (path,) = Path(base.split()[-1]).glob("*-0-*.pt")
-    torch.save({"weight": torch.zeros(3)}, tmp_path / path.name)
-    said = refusal(f"{SMALL} --base-dir {tmp_path} --out {tmp_path / 'run'}")
-    assert f"{tmp_path / path.name} is another model's" in said
-    assert "delete it, or give another --base-dir" in said
 
 
 @parametrize("error", [ValueError("of mine"), ZeroDivisionError("of mine")])
@@ -966,12 +965,12 @@ def test_config_that_is_not_a_whole_one_is_named(text, found, tmp_path):
     assert f"{tmp_path / 'config.json'} {found}" in refusal(f"--resume {tmp_path}")
 
 
-def test_run_whose_last_update_is_skipped_says_so_and_fails(base, tmp_path, monkeypatch):
+def test_run_whose_last_batch_has_a_skipped_update_says_so_and_fails(base, tmp_path, monkeypatch):
     factors = iter([1.0, 1.0, 1.0, math.nan])  # of the losses of two rollout batches
     loss = pr2_mini.policy_loss
     monkeypatch.setattr(pr2_mini, "policy_loss", lambda *a, **b: next(factors) * loss(*a, **b))
     done = toy(f"{base} --steps 2 --out {tmp_path}")
-    assert "the last update was skipped" in done.code  # a text is an exit code of 1
+    assert "an update of the last batch was skipped" in done.code  # a text is an exit code of 1
     assert [row["skipped"] for row in rows(tmp_path)] == [0.0, 1.0]
     assert len(torch.load(tmp_path / "checkpoint.pt")["history"]) == 1
 
@@ -1075,6 +1074,16 @@ def test_finished_comparison_is_summed_up_again_without_training(compared, monke
     monkeypatch.setattr(pr2_mini, "rl_step", mock.Mock(side_effect=AssertionError()))
     assert toy(f"{compared.flags} --out {compared.folder}").code == 0
     assert (compared.folder / "compare.json").read_text() == numbers
+
+
+def test_comparison_is_trained_anew_if_the_code_has_changed(compared, tmp_path, monkeypatch):
+    shutil.copytree(compared.folder, tmp_path / "all")
+    source = inspect.getsource
+    changed = {pr2_mini: "# edited"}
+    monkeypatch.setattr(inspect, "getsource", lambda each: changed.get(each) or source(each))
+    monkeypatch.setattr(pr2_mini, "rl_step", mock.Mock(side_effect=AssertionError("trains")))
+    with pytest.raises(AssertionError, match="trains"):
+        toy(f"{compared.flags} --out {tmp_path / 'all'}")
 
 
 @parametrize(("owner", "name", "call"), [(pr2_mini, "rl_step", 8), (os, "replace", 19)])

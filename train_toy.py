@@ -69,6 +69,9 @@ COMPARE_DEFAULTS.update(expert_width=64, experts_per_token=1, rollout_dtype="fp8
 COMPARE_DEFAULTS.update(router_multiplier=30.0, steps=100)
 
 
+COMPARES = f"variants, side by side; other defaults: {COMPARE_DEFAULTS}"
+
+
 def parser_of(settings: type, usage: str) -> ArgumentParser:
     """A parser with a flag for each setting; the comment in a setting's line is its help."""
     parser = ArgumentParser(usage=usage, argument_default=SUPPRESS, allow_abbrev=False)
@@ -99,12 +102,20 @@ def check_ranges(settings: RLConfig, parser: ArgumentParser) -> None:
             least = min(1, field.default, getattr(RLConfig, field.name, 1))
         if type(value) in (int, float) and not least <= value < math.inf:
             parser.error(f"{field.name} is {value}; expected {least} or more")
+    if settings.samples < 2:
+        parser.error("samples must be 2 or more: responses to one prompt are compared")
+    if not 0 < settings.feature_share <= 1:
+        parser.error("feature_share must be above 0 and at most 1")
+    if settings.temperature == 0:
+        parser.error("temperature must be above 0")
+    if settings.beta1 >= 1:
+        parser.error("beta1 must be below 1")
 
 
 PARSER = parser_of(Settings, "python train_toy.py [--FLAG VALUE ...]")
 PARSER.add_argument("--out", type=Path, help="folder of the run; default: a new one in runs/")
 PARSER.add_argument("--resume", type=Path, help="folder of a run to go on with")
-PARSER.add_argument("--compare", nargs="*", metavar="METHOD[:setting=value,...]", help="variants")
+PARSER.add_argument("--compare", nargs="*", metavar="METHOD[:setting=value,...]", help=COMPARES)
 PARSER.add_argument("--seeds", type=int, help="runs per variant of --compare (default: 3)")
 
 
@@ -113,9 +124,7 @@ def settings_of(values: dict) -> Settings:
     s = Settings(**{name: values[name] for name in values if name not in NO_SETTINGS})
     check_ranges(s, PARSER)
     refuse(s.prompts % s.mini_steps != 0, "prompts must be a multiple of mini_steps")
-    refuse(s.beta1 >= 1, "beta1 must be below 1")
-    refuse(max(s.slip, s.feature_share) > 1, "slip and feature_share are shares, at most 1")
-    refuse(s.temperature == 0, "temperature must be above 0")
+    refuse(s.slip > 1, "slip must be at most 1")
     refuse(s.experts_per_token > s.experts, "experts_per_token must not exceed experts")
     refuse(s.expert_width % 8 != 0, "expert_width must be a multiple of 8")
     available = torch.get_device_module(s.device).is_available()
@@ -199,11 +208,7 @@ def warm_up_or_load(model: MoETransformer, task: AdditionTask, settings: Setting
         if not path.exists():
             warm_up(model, task, settings)
             save(model.state_dict(), path)
-        weights = torch.load(path, map_location=settings.device)
-    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    fits = {name: weight.shape for name, weight in weights.items()} == shapes
-    refuse(not fits, f"{path} is another model's; delete it, or give another --base-dir")
-    model.load_state_dict(weights)
+        model.load_state_dict(torch.load(path, map_location=settings.device))
 
 
 def save(content: dict | str, path: Path) -> None:
@@ -218,7 +223,7 @@ def save(content: dict | str, path: Path) -> None:
 
 # ----------------------------------------------------------------------------------- 3. Training
 def digest(value: object) -> str:
-    """Twelve digits that are others for any other value."""
+    """Twelve hexadecimal digits of a hash of what repr shows of a value."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
@@ -261,9 +266,9 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
     examples = list(dict.fromkeys(drawn))[:8]
     held_out = task.problems(256, generator_for("held out"), held_out=True)
     model = untrained_model(task, settings)
-    respond(model, task, config, examples, samples=2, temperature=1.0)  # a bug shows here at once
+    respond(model, task, config, examples, 2, settings.temperature)  # a bug shows here at once
     warm_up_or_load(model, task, settings)
-    before = respond(model, task, config, examples, samples=8, temperature=1.0)
+    before = respond(model, task, config, examples, 8, settings.temperature) if alone else None
     engine = pr2_mini.RolloutEngine(model, config)
     optimizer = pr2_mini.make_optimizer(model, config)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -300,8 +305,9 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         # Evaluate the training model on problems that are never trained on.
         due = step % 10 == 0 or step in (1, settings.steps)
         if due:
-            row["held_out"] = float(respond(model, task, config, held_out, 1, 1.0)[1].mean())
-            row["greedy"] = float(respond(model, task, config, held_out, 1, 0.0)[1].mean())
+            for name, temperature in (("held_out", settings.temperature), ("greedy", 0.0)):
+                _, rewards = respond(model, task, config, held_out, 1, temperature)
+                row[name] = float(rewards.mean())
 
         # Write. A checkpoint is worth keeping only while updates succeed.
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
@@ -315,7 +321,7 @@ def train(settings: Settings, folder: Path, alone: bool = True) -> list[dict]:
         bar.set_postfix(reward=f"{row['reward']:.2f}", refresh=False)
 
     if alone:
-        after = respond(model, task, config, examples, samples=8, temperature=1.0)
+        after = respond(model, task, config, examples, 8, settings.temperature)
         report(history, examples, before, after)
         if routes is not None:
             print_routes(model, config, task, routes)
@@ -338,9 +344,10 @@ def mini_steps_of(columns: dict) -> range:
 
 def summary(history: list[dict]) -> dict[str, float]:
     """A number a column for one run; "name/i" at mini-step i, over batches 11 and later, when the
-    learning rate has risen. Of the deviating slots that stale replay would have had on the same
-    tokens, "removed" is the share that prediction took away, and "removable" the share that the
-    exact change of W would have, on the old inputs."""
+    learning rate has risen; "held_out" and "greedy" after the last. Of the deviating slots that
+    stale replay would have had on the same tokens, "removed" is the share that prediction took
+    away, and "removable" the share that the exact change of W would have, on the old inputs. Under
+    r3 and pr3 what the rollout's rounding (bf16, fp8) does to the route counts in "removed" too."""
     settled = history[10:] or history
     columns = {"reward": mean_of(history[-10:], "reward")}
     columns["reward, second half"] = mean_of(history[len(history) // 2 :], "reward")
@@ -374,13 +381,13 @@ def report(history: list[dict], examples: list, before, after) -> None:
     for name in ("reward", "held_out", "greedy", "entropy", "truncated"):
         print(f"{name:<17} {mean_of(history[:10], name):.3f} -> {mean_of(history[-10:], name):.3f}")
     columns = summary(history)
-    print("agreement           slots (stale)       sets (stale)   removed (could be)")
+    print("agreement           slots (stale)       sets (stale)   removed (could be removed)")
     names = "agreement stale_agreement no_deviation stale_no_deviation removed removable"
     for i in mini_steps_of(columns):
         shares = [columns[f"{name}/{i}"] for name in names.split()]
         line = "mini-step {:<7}{:7.2%} ({:.2%}){:9.2%} ({:.2%}){:9.1%} ({:.1%})".format(i, *shares)
         print(line.replace("nan%", "-").replace("(-)", "").rstrip())
-    print(f"largest ratio     {max(row['largest_ratio'] for row in history):.3g}")
+    print(f"largest ratio     {10 ** columns['log10 largest ratio']:.3g}")
     for name in ("mismatch_route", "mismatch_logprob", "seconds", "skipped"):
         print(f"{name:<17} {columns[name]:.4g}")
 
@@ -392,7 +399,7 @@ def record_routes(model, engine, optimizer, config: Settings, task, examples) ->
     kappa = config.mini_steps
     if config.predicts and config.prediction == "momentum":
         pr2_mini.predict_by_momentum(model, optimizer)
-    engine.load(model, config.horizon_in("rollout", kappa))
+    engine.load(model, config.recorded_horizon("rollout", kappa))
     prompts, pads = [tensor.to(config.device) for tensor in task.prompts(examples)]
     generator = generator_for("route", device=config.device)
     rollout = engine.sample(prompts, pads, generator)
@@ -439,7 +446,10 @@ def compare(given: dict) -> None:
         seeds = range(settings.seed, settings.seed + given.get("seeds", 3))
         plan[variant] = [replace(settings, seed=seed) for seed in seeds]
 
-    folder = given.get("out", Path(f"runs/compare-{digest(plan)}"))
+    # What other code has made is not gone on with: names depend on the code of the method, too.
+    parts = [pr2_mini, train, *type(build_task(settings)).__mro__[:-1]]
+    code = [inspect.getsource(part) for part in parts]
+    folder = given.get("out", Path(f"runs/compare-{digest([plan, code])}"))
     made_here = r".*-seed\d+-[0-9a-f]{12}|compare\.(json|png)(\.partial)?"
     for path in folder.iterdir() if folder.exists() else []:
         foreign = re.fullmatch(made_here, path.name) is None
@@ -447,8 +457,8 @@ def compare(given: dict) -> None:
     histories = {variant: [] for variant in plan}
     for variant, runs in plan.items():
         for settings in runs:
-            run = folder / f"{settings.method}-seed{settings.seed}-{digest(settings)}"
-            histories[variant].append(train(settings, run, alone=False))
+            name = f"{settings.method}-seed{settings.seed}-{digest([settings, code])}"
+            histories[variant].append(train(settings, folder / name, alone=False))
     columns = {variant: [summary(run) for run in runs] for variant, runs in histories.items()}
     save(json.dumps(columns, indent=1).replace("NaN", "null"), folder / "compare.json")
     print_table(columns)
@@ -504,7 +514,8 @@ def draw(histories: dict[str, list[list[dict]]], path: Path) -> None:
         agreement.plot(ticks, stale, ":", color=colour)
     reward.set(title="Sampled reward (mean of 10 batches)", xlabel="rollout batch")
     held_out.set(title="Held-out accuracy", xlabel="rollout batch")
-    agreement.set(title="Experts still chosen (dotted: stale)", xlabel="mini-step", xticks=ticks)
+    agreement.set(title="Experts still chosen (dotted: stale)", xlabel="mini-step")
+    agreement.locator_params(axis="x", integer=True)
     largest.set(title="Largest PPO ratio of any seed", xlabel="rollout batch", yscale="log")
     reward.legend(frameon=False)
     figure.savefig(path, dpi=100)
@@ -546,7 +557,7 @@ def main(arguments: list[str]) -> None:
         refuse(bool(files), f"{folder} is not empty; choose another --out, or --resume a run")
     print(f"run               {folder}")
     if train(settings, folder)[-1]["skipped"]:
-        raise SystemExit("the last update was skipped; checkpoint.pt is the last one before it")
+        raise SystemExit("an update of the last batch was skipped, so that batch was not saved")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from pr2_mini import ModelConfig, MoETransformer, RLConfig
+from pr2_mini import ModelConfig, MoETransformer
 
 FAMILIES = {"qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe", "mixtral": "Mixtral"}
 HF_NAMES = {  # our modules, and theirs; all others have the same name
@@ -196,7 +196,7 @@ def save(model, source, path, horizon: float | None = None, rank: int = 0) -> No
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def fold(source: str | Path, path: str | Path, horizon: float = RLConfig.shrink) -> None:
+def fold(source: str | Path, path: str | Path, horizon: float) -> None:
     """Writes a trained folder again as an engine for rollouts should serve it: W + m W_p as the
-    routers, and nothing of prediction beside; by default with m of the last mini-step."""
+    routers, and nothing of prediction beside. Rollouts for the last mini-step had m = 0.7."""
     save(load(source, dtype=None), source, path, horizon)

@@ -546,7 +546,7 @@ def test_passes_are_bounded_in_rollout_training_and_evaluation(small, tmp_path, 
 
 def test_run_whose_last_update_is_skipped_says_so_and_saves_nothing(small, tmp_path, monkeypatch):
     monkeypatch.setattr(pr2_mini, "group_advantages", lambda rewards: rewards * math.nan)
-    said = f"the last update was skipped; {tmp_path / 'run'} has checkpoints from before it"
+    said = "an update of the last batch was skipped, so that batch was not saved"
     job(f"{small} --steps 1 --out {tmp_path / 'run'}", code=said)
     assert rows(tmp_path / "run")[0]["loss/1"] is None
     assert not list((tmp_path / "run").glob("step-*"))

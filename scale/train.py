@@ -40,7 +40,7 @@ class Settings(RLConfig):
     """Every setting of a run: an RL step's, and these. Each is a flag, its comment the help."""
 
     learning_rate: float = 1e-6  # of the policy
-    alpha: float = 0.1  # learning rate of W_p over the routers'; of the paper's 1e3 see README.md
+    alpha: float = 0.1  # rate of W_p over the routers'; of the paper's 1e3 see scale/README.md
     feature_share: float = 0.125  # share of the tokens whose h_old is kept to train W_p
     rollout_dtype: Literal["fp32", "bf16", "fp8"] = "bf16"  # precision of the rollout engine
     rollout_batch: int = 64  # most responses that the built-in engine samples at once
@@ -89,7 +89,7 @@ def parse(arguments: list[str]) -> tuple[Settings, dict]:
     settings = Settings(**given)
     check_ranges(settings, PARSER)
     folder = Path(settings.out)
-    share = settings.mini_steps * PROCESSES
+    pieces = settings.mini_steps * PROCESSES
     files = {path.name for path in folder.iterdir()} if folder.exists() else set()
     foreign = RANK == 0 and not resume and bool(files.difference(BEGUN.split()))
     config_json = Path(settings.checkpoint, "config.json")
@@ -97,10 +97,8 @@ def parse(arguments: list[str]) -> tuple[Settings, dict]:
     refuse(not Path(settings.data).is_file(), f"--data: there is no file {settings.data!r}")
     refuse(foreign, f"{folder} is not empty; --resume it or choose another")
     refuse(f"model-{settings.steps}" in files, f"{folder} is complete; give more --steps")
-    refuse(settings.prompts % share != 0, f"prompts must be a multiple of {share}")
+    refuse(settings.prompts % pieces != 0, f"prompts must be a multiple of {pieces}")
     refuse(settings.evaluated % PROCESSES != 0, f"evaluated must be a multiple of {PROCESSES}")
-    refuse(settings.beta1 >= 1, "beta1 must be below 1")
-    refuse(settings.temperature == 0, "temperature must be above 0")
     refuse(settings.device == "cuda" and not torch.cuda.is_available(), "there is no cuda here")
     vllm = settings.engine == "vllm"
     refuse(vllm and settings.rollout_dtype == "fp8", "vLLM rolls out in fp32 or bf16")
@@ -216,13 +214,13 @@ def train(settings: Settings, config: dict) -> None:
                 tracker.log(row, step=step)
             if step == 1 and row["truncated"] > 0.5:
                 ends = task.tokenizer.convert_ids_to_tokens(task.eos)
-                share = f"{row['truncated']:.0%} of the first responses never end"
-                print(f"{share}; they would by {ends}: raise --max-new-tokens?")
+                endless = f"{row['truncated']:.0%} of the first responses never end"
+                print(f"{endless}; they would by {ends}: raise --max-new-tokens?")
         bar.set_postfix(reward=row["reward"], refresh=False)
         if not row["skipped"] and (step % settings.save_every == 0 or step == settings.steps):
             processes.save_run(folder, tensors, history)
     if history[-1]["skipped"]:
-        raise SystemExit(f"the last update was skipped; {folder} has checkpoints from before it")
+        raise SystemExit("an update of the last batch was skipped, so that batch was not saved")
     checkpoints.save(model, settings.checkpoint, folder / f"model-{len(history)}", rank=RANK)
     if RANK == 0:
         evaluated = [row for row in history if "held_out" in row]
