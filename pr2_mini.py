@@ -406,7 +406,7 @@ def old_pass(model, config: RLConfig, rollout: Rollout, advantages, rows, i: int
     batch.old_logprobs, trace = response_logprobs(model, batch, config, replay=replay, horizon=m)
     if config.recorder == "training":
         batch.route = trace.experts
-    batch.stale = trace.logits.topk(route.shape[-1]).indices  # by rho, whatever was recorded
+    batch.stale = trace.logits.topk(route.shape[-1]).indices.short()  # by rho, in any method
     # The features that W_p will learn from. For each token h_old has L x D numbers, by far the most
     # that PR2 keeps: 200 kB in bfloat16 at L = 48, D = 2048. All methods draw, so pr2 can equal r2.
     draws = torch.rand(int(mask.sum()), generator=generator, device=mask.device)

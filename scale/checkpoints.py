@@ -62,7 +62,7 @@ def config_of(path: str | Path) -> transformers.PretrainedConfig:
         return transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any type: transformers', and of what it calls
         raise CheckpointError(f"{path} has no config.json that can be read: {error}") from error
 
 
@@ -83,7 +83,7 @@ def model_of(hf_config: transformers.PretrainedConfig) -> MoETransformer:
     settings = {field.name: getattr(hf_config, field.name, None) for field in fields(ModelConfig)}
     settings["rope_theta"] = rope_theta
     if settings["head_dim"] is None:
-        settings["head_dim"] = hf_config.hidden_size // hf_config.num_attention_heads
+        settings["head_dim"] = hf_config.hidden_size // max(1, hf_config.num_attention_heads)
     if kind != "qwen3_moe":
         settings["moe_intermediate_size"] = hf_config.intermediate_size
     if kind == "mixtral":
@@ -125,16 +125,21 @@ def load(path: str | Path, dtype: torch.dtype | None = torch.float32) -> MoETran
             dtype=dtype or "auto",
             use_safetensors=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are among the faults
             output_loading_info=True,
         )
         trained = path / "predictor" / "model.safetensors"
         predictors = load_file(trained) if trained.exists() else {}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last: experts it can't stack
         raise CheckpointError(f"the weights in {path} cannot be read: {error}") from error
+    ours = model.state_dict()
+    shapes = {hf_name(name): ours[name].shape for name in ours if name.endswith("predictor")}
+    faults["predictor"] = [
+        name for name, W_p in predictors.items() if W_p.shape != shapes.get(name)
+    ]
     if any(faults.values()):
         raise CheckpointError(f"the weights in {path} do not fit its config.json: {faults}")
     weights = hf_model.state_dict() | predictors
-    ours = model.state_dict()
     for name, tensor in ours.items():
         if name.endswith("predictor"):  # W_p is 0 in a checkpoint that was not trained here
             weights.setdefault(hf_name(name), torch.zeros(tensor.shape))
@@ -198,5 +203,5 @@ def save(model, source, path, horizon: float | None = None, rank: int = 0) -> No
 
 def fold(source: str | Path, path: str | Path, horizon: float) -> None:
     """Writes a trained folder again as an engine for rollouts should serve it: W + m W_p as the
-    routers, and nothing of prediction beside. Rollouts for the last mini-step had m = 0.7."""
+    routers, and nothing of prediction beside. A run's last mini-step has m = 0.7 by default."""
     save(load(source, dtype=None), source, path, horizon)

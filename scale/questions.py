@@ -37,7 +37,7 @@ def read_questions(path: str) -> list[tuple[str, str]]:
     for number, line in enumerate(lines, start=1):
         try:
             # A float would lose digits. NaN stays one, and is refused.
-            row = json.loads(line.decode(), parse_int=Decimal, parse_float=Decimal)
+            row = json.loads(line.decode("utf-8-sig"), parse_int=Decimal, parse_float=Decimal)
             pairs.append(checked(row["question"], row["answer"]))
         except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             raise DataError(
@@ -64,7 +64,7 @@ SECONDS = 2  # for math-verify, which stops itself by a signal: in a main thread
 SPELLINGS = [  # rewritten in this order, in answers and in responses
     ("\u2212", "-"),
     ("\u00d7", r"\\times "),
-    (r"\\(?:left|right)(?![a-z])|\\?\$|\\[()\[\]]", ""),  # also currency
+    (r"\\(?:left|right)(?![a-z])|\\?\$|\\[()\[\]!]", ""),  # also currency
     (r"\\(?:text|math)[a-z]*\s?\{([^{}]*)\}", r" \1 "),
     (r"\\?%|\s?\bpercent\b", r"\\%"),
     (r"(?<=[A-Za-z]{2})\*\*", " "),  # bold
@@ -75,7 +75,9 @@ SPELLINGS = [  # rewritten in this order, in answers and in responses
     (r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}"),
     (r"(?<![\w.^/})])(\d+)\s?/\s?(\d+)(?!\w|\s?[\^/(\\]|\.\d)", r"\\frac{\1}{\2}"),
 ]
-THOUSANDS = re.compile(r"(?<![\d.,(\[{])\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!,?\d)")
+THOUSANDS = re.compile(  # of a box, but not of (1,200), [1,200] or {1,200}
+    r"(?<![\d.,(\[])(?:(?<!\{)|(?<=\\boxed\{))\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!,?\d)"
+)
 FRACTION = re.compile(r"(?<![\w.^])(\d*)\s?\\frac\{(\d+)\}\{(0*[1-9]\d*)\}")  # 3 1/2 is one, too
 NUMBER = re.compile(r"(?<![\w.])(\d*\.?\d+(?:[eE][+-]?\d{1,3}(?!\w))?)")
 WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[\s'.,-]+[^\W\d_]+)*")
@@ -160,7 +162,10 @@ def read(text: str) -> list:
         config = [LatexExtractionConfig()]
         values = parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=SECONDS)
         # math-verify makes something of anything: "2 3" is 5 to it, and 12 km is 12.
-        made = str(values[:1]).replace("*(1/100)", "")  # of a percent
+        try:
+            made = str(values[:1]).replace("*(1/100)", "")  # of a percent
+        except ValueError:  # Python writes no number of more than 4300 digits
+            return []
         if set(SYMBOL.findall(text)) == set(SYMBOL.findall(made)):
             return values[:1]
     return []
@@ -193,7 +198,10 @@ class Questions:
             if generation.exists():
                 ends.append(json.loads(generation.read_text()).get("eos_token_id"))
         except Exception as error:  # of any type: transformers', and of what it calls
-            raise DataError(f"no tokenizer in {settings.checkpoint}: {error}") from error
+            raise DataError(
+                f"the tokenizer or generation_config.json in {settings.checkpoint} cannot be read: "
+                f"{error}"
+            ) from error
         self.templated = self.tokenizer.chat_template is not None
         if not self.templated:
             self.tokenizer.chat_template = PLAIN

@@ -31,7 +31,7 @@ from scale import checkpoints, processes
 from scale.checkpoints import CheckpointError
 from scale.processes import PROCESSES, RANK
 from scale.questions import DataError, Questions
-from train_toy import check_ranges, generator_for, parser_of, save
+from train_toy import check_ranges, digest, generator_for, parser_of, save
 
 
 # --------------------------------------------------------------------------------- 1. Settings
@@ -102,6 +102,7 @@ def parse(arguments: list[str]) -> tuple[Settings, dict]:
     refuse(settings.device == "cuda" and not torch.cuda.is_available(), "there is no cuda here")
     vllm = settings.engine == "vllm"
     refuse(vllm and settings.rollout_dtype == "fp8", "vLLM rolls out in fp32 or bf16")
+    refuse(vllm and settings.temperature < 0.01, "vLLM samples at temperatures of 0.01 or more")
     for package in (settings.engine, settings.track):
         missing = package in ("vllm", "wandb", "trackio") and not importlib.util.find_spec(package)
         refuse(missing, f"{package} is missing: pip install {package}")
@@ -149,8 +150,9 @@ def train(settings: Settings, config: dict) -> None:
     positions = hf_config.max_position_embeddings
     too_long = f"{longest} tokens of prompt and response exceed the model's {positions} positions"
     refuse(longest > positions, f"{too_long}; lower --max-new-tokens or --prompt-length")
-    same = config.get("checksum", task.checksum) == task.checksum
-    refuse(not same, f"{folder} was begun with other questions or another tokenizer")
+    checksum = digest([task.checksum, hf_config.model_type, model.config, task.eos, task.pad])
+    same = config.get("checksum", checksum) == checksum
+    refuse(not same, f"{folder} was begun with other questions, another tokenizer or another model")
     lock = FileLock(folder / "run.lock")  # the system lets go of it when the process ends
     if RANK == 0:
         try:
@@ -180,7 +182,7 @@ def train(settings: Settings, config: dict) -> None:
     if RANK == 0:
         for line in task.omissions():
             print(line)
-        tracker = open_files(settings, config, task, history)
+        tracker = open_files(settings, config, checksum, history)
 
     # Loop.
     bar = tqdm(range(done + 1, settings.steps + 1), disable=RANK > 0)
@@ -232,7 +234,7 @@ def train(settings: Settings, config: dict) -> None:
     torch.distributed.destroy_process_group()
 
 
-def open_files(settings: Settings, config: dict, task: Questions, history: list[dict]):
+def open_files(settings: Settings, config: dict, checksum: str, history: list[dict]):
     """Writes config.json and metrics.jsonl as of the last checkpoint, and returns the module that
     tracks metrics, or None. A step that was tracked before a kill is not tracked again."""
     folder = Path(settings.out)
@@ -243,7 +245,7 @@ def open_files(settings: Settings, config: dict, task: Questions, history: list[
     else:
         config["tracked"] = len(history)
         config["run"] = f"{folder.name}-{uuid.uuid4().hex[:8]}"
-    config["checksum"] = task.checksum
+    config["checksum"] = checksum
     config["settings"] = vars(settings)
     save(json.dumps(config, indent=2), folder / "config.json")
     save("".join(json.dumps(row) + "\n" for row in history), metrics)

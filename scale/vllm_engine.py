@@ -19,6 +19,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import vllm
 from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.platforms import current_platform
 
 MIXTRAL_NAMES = {"mlp": "block_sparse_moe", "gate_up_proj": "w13", "down_proj": "w2"}
 
@@ -102,7 +103,7 @@ class VLLMEngine:
     def load(self, model, horizon: float | None, routers_only: bool = False) -> None:
         """Takes the weights of the policy, and W + m W_p as its routers; routers_only: it has taken
         the others for an earlier wave."""
-        if not routers_only:
+        if not routers_only and current_platform.is_cpu():
             self.llm.apply_model(drop_packed_experts)
         weights = (
             (".".join(self.names.get(word, word) for word in name.split(".")), weight)
@@ -139,5 +140,7 @@ class VLLMEngine:
             logprobs[row, :length] = torch.tensor([step[token].logprob for step, token in steps])
             route = torch.from_numpy(output.routed_experts.astype("int16"))  # (tokens - 1, L, k)
             experts[:, row, pads[row] : P + length - 1] = route.transpose(0, 1)
+        if (experts.sort(-1).values.diff(dim=-1) == 0).any():  # its buffer has zeros at first
+            raise CheckpointError(f"vLLM {vllm.__version__} has not recorded its routes here")
         is_end = torch.isin(tokens[:, P:], torch.tensor(rl.eos, device=device))
         return Rollout(tokens, pads, mask, logprobs, experts, (is_end & mask).any(1))
