@@ -268,10 +268,10 @@ class RLConfig:
 def make_optimizer(model: "MoETransformer", config: RLConfig) -> torch.optim.AdamW:
     """AdamW with a group each for the policy, its routers W and the predictors W_p. A parameter
     that is added to Router joins W's, or W_p's if its name starts with "predictor". The predictors
-    have beta1 = 0 (ours): with momentum, gradients of past batches would make W_p lag behind."""
+    have beta1 0.2 (ours): with none their steps are noisy, with much of it W_p lags behind."""
     policy = {"params": [], "lr": config.learning_rate}
     routers = {"params": [], "lr": config.learning_rate * config.router_multiplier}
-    predictors = {"params": [], "lr": routers["lr"] * config.alpha, "betas": (0.0, 0.999)}
+    predictors = {"params": [], "lr": routers["lr"] * config.alpha, "betas": (0.2, 0.999)}
     for name, parameter in model.named_parameters():
         if ".router.predictor" in name:
             predictors["params"].append(parameter)

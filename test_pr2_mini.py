@@ -235,7 +235,7 @@ def test_each_parameter_is_trained_once_in_the_group_of_its_place_whatever_a_for
     same_bits(routers, [router.weight, router.bias, model.routers[1].weight])
     same_bits(predictors, [router.predictor, router.predictor_bias, model.routers[1].predictor])
     assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.3, 15.0])
-    assert [group["betas"] for group in groups] == [(0.8, 0.999), (0.8, 0.999), (0.0, 0.999)]
+    assert [group["betas"] for group in groups] == [(0.8, 0.999), (0.8, 0.999), (0.2, 0.999)]
     assert [group["weight_decay"] for group in groups] == [0, 0, 0]
 
 
