@@ -267,11 +267,12 @@ def test_experts_of_each_pass(method, wave_m, old_m, old_replay, update_replay, 
 def test_methods_are_those_of_the_table_of_passes_and_one_more_works(monkeypatch):
     assert get_args(RLConfig.__annotations__["method"]) == tuple(pr2_mini.RECORDS) == METHODS
     monkeypatch.setitem(pr2_mini.RECORDS, "mine", ("training", True))
-    monkeypatch.setattr(RLConfig, "__post_init__", lambda config: None)  # it knows those above
     found = []
     for method in ("mine", "pr2"):
         model = randomise_predictor(tiny_model())
-        found.append(run_step(model, tiny_settings(method=method)).metrics)
+        config = tiny_settings()
+        config.method = method
+        found.append(run_step(model, config).metrics)
     assert found[0] == found[1]
 
 
@@ -885,6 +886,14 @@ def test_name_of_a_base_model_depends_on_what_it_is_made_of(changes, same, tmp_p
     assert (base_name(tmp_path / "other", monkeypatch, **changes) == name) == same
 
 
+def test_base_file_that_does_not_fit_is_named_with_both_remedies(finished, base, tmp_path):
+    (path,) = Path(base.split()[-1]).glob("*-0-*.pt")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / path.name)
+    said = refusal(f"{SMALL} --base-dir {tmp_path} --out {tmp_path / 'run'}")
+    assert f"{tmp_path / path.name} is another model's" in said
+    assert "delete it, or give another --base-dir" in said
+
+
 @parametrize("error", [ValueError("of mine"), ZeroDivisionError("of mine")])
 def test_bug_in_the_reward_of_a_fork_shows_before_the_warm_up(error, tmp_path, monkeypatch):
     monkeypatch.setattr(AdditionTask, "rewards", mock.Mock(side_effect=error))
@@ -1076,10 +1085,13 @@ def test_finished_comparison_is_summed_up_again_without_training(compared, monke
     assert (compared.folder / "compare.json").read_text() == numbers
 
 
-def test_comparison_is_trained_anew_if_the_code_has_changed(compared, tmp_path, monkeypatch):
+@parametrize("module", [pr2_mini, train_toy])
+def test_comparison_is_trained_anew_if_the_code_has_changed(
+    module, compared, tmp_path, monkeypatch
+):
     shutil.copytree(compared.folder, tmp_path / "all")
     source = inspect.getsource
-    changed = {pr2_mini: "# edited"}
+    changed = {module: "# edited"}
     monkeypatch.setattr(inspect, "getsource", lambda each: changed.get(each) or source(each))
     monkeypatch.setattr(pr2_mini, "rl_step", mock.Mock(side_effect=AssertionError("trains")))
     with pytest.raises(AssertionError, match="trains"):

@@ -69,9 +69,6 @@ COMPARE_DEFAULTS.update(expert_width=64, experts_per_token=1, rollout_dtype="fp8
 COMPARE_DEFAULTS.update(router_multiplier=30.0, steps=100)
 
 
-COMPARES = f"variants, side by side; other defaults: {COMPARE_DEFAULTS}"
-
-
 def parser_of(settings: type, usage: str) -> ArgumentParser:
     """A parser with a flag for each setting; the comment in a setting's line is its help."""
     parser = ArgumentParser(usage=usage, argument_default=SUPPRESS, allow_abbrev=False)
@@ -115,7 +112,12 @@ def check_ranges(settings: RLConfig, parser: ArgumentParser) -> None:
 PARSER = parser_of(Settings, "python train_toy.py [--FLAG VALUE ...]")
 PARSER.add_argument("--out", type=Path, help="folder of the run; default: a new one in runs/")
 PARSER.add_argument("--resume", type=Path, help="folder of a run to go on with")
-PARSER.add_argument("--compare", nargs="*", metavar="METHOD[:setting=value,...]", help=COMPARES)
+PARSER.add_argument(
+    "--compare",
+    nargs="*",
+    metavar="METHOD[:setting=value,...]",
+    help=f"variants, side by side; other defaults: {COMPARE_DEFAULTS}",
+)
 PARSER.add_argument("--seeds", type=int, help="runs per variant of --compare (default: 3)")
 
 
@@ -208,7 +210,11 @@ def warm_up_or_load(model: MoETransformer, task: AdditionTask, settings: Setting
         if not path.exists():
             warm_up(model, task, settings)
             save(model.state_dict(), path)
-        model.load_state_dict(torch.load(path, map_location=settings.device))
+        weights = torch.load(path, map_location=settings.device)
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    fits = {name: weight.shape for name, weight in weights.items()} == shapes
+    refuse(not fits, f"{path} is another model's; delete it, or give another --base-dir")
+    model.load_state_dict(weights)
 
 
 def save(content: dict | str, path: Path) -> None:
@@ -446,8 +452,9 @@ def compare(given: dict) -> None:
         seeds = range(settings.seed, settings.seed + given.get("seeds", 3))
         plan[variant] = [replace(settings, seed=seed) for seed in seeds]
 
-    # What other code has made is not gone on with: names depend on the code of the method, too.
-    parts = [pr2_mini, train, *type(build_task(settings)).__mro__[:-1]]
+    # What other code has made is not gone on with: names depend on these two files, too, and on the
+    # task, wherever it is.
+    parts = [pr2_mini, sys.modules[__name__], *type(build_task(settings)).__mro__[:-1]]
     code = [inspect.getsource(part) for part in parts]
     folder = given.get("out", Path(f"runs/compare-{digest([plan, code])}"))
     made_here = r".*-seed\d+-[0-9a-f]{12}|compare\.(json|png)(\.partial)?"

@@ -82,17 +82,17 @@ def model_of(hf_config: transformers.PretrainedConfig) -> MoETransformer:
         raise CheckpointError(f"config.json asks for rope scaling, {rope}; it is not implemented")
     settings = {field.name: getattr(hf_config, field.name, None) for field in fields(ModelConfig)}
     settings["rope_theta"] = rope_theta
-    if settings["head_dim"] is None:
-        settings["head_dim"] = hf_config.hidden_size // max(1, hf_config.num_attention_heads)
     if kind != "qwen3_moe":
         settings["moe_intermediate_size"] = hf_config.intermediate_size
     if kind == "mixtral":
         settings["norm_topk_prob"] = True
     try:
+        if settings["head_dim"] is None:
+            settings["head_dim"] = hf_config.hidden_size // hf_config.num_attention_heads
         config = ModelConfig(**settings)
         with torch.device("meta"):
             model = MoETransformer(config)
-    except ValueError as error:  # the core refuses such sizes
+    except (ValueError, ZeroDivisionError) as error:  # the core refuses such sizes; no heads
         raise CheckpointError(f"config.json cannot be trained: {error}") from error
     # What the families do to queries and keys before attention.
     with torch.device("meta"):
