@@ -420,7 +420,8 @@ def old_pass(model, config: RLConfig, rollout: Rollout, advantages, rows, i: int
 def replay_of(batch: MicroBatch, config: RLConfig, updates: bool) -> Tensor | None:
     """The route that the old pass or an update replays, or None where its routers choose: see the
     table of passes. To replay a part, change this and Router.forward. Old pass and updates must run
-    one route, else "log_ratio_max/1" > 0 (with fp8 rollouts; in fp32 the choice is the same)."""
+    one route, else "log_ratio_max/1" > 0 (with fp8 rollouts; in fp32 the choice is the same). Not
+    in pr2: what is free there the old pass chooses by rho_hat; at i = 1, where m = 0, none sees."""
     records = config.recorder == "training" and not updates  # what the updates will replay
     return None if records or config.recorder is None else batch.route
 
@@ -564,8 +565,7 @@ def measure_rollout(rollout: Rollout, rewards: Tensor, micro_batches) -> dict[st
     tokens = over_processes(rollout.mask.sum())
     metrics = {name: value / tokens for name, value in sums.items()}
     metrics["reward"] = rewards.mean()
-    equal = (rewards == rewards[:, :1]).all(1)
-    metrics["zero_variance"] = equal.float().mean()  # groups that teach nothing
+    metrics["zero_variance"] = (rewards == rewards[:, :1]).all(1).float().mean()  # teach nothing
     metrics["truncated"] = (~rollout.ended).float().mean()  # responses that never ended
     metrics["response_length"] = rollout.mask.sum(1).float().mean()
     return metrics
@@ -835,7 +835,8 @@ def check_prompts(prompts: Tensor, pads: Tensor, pad: int) -> None:
     leading = (prompts == pad).int().cumprod(1).sum(1)  # ids of padding before the first other one
     if pads.dtype != torch.int64 or not torch.equal(pads, leading) or (prompts[:, -1] == pad).any():
         expected = f"{leading.tolist()}, how often each prompt starts with pad id {pad}"
-        raise ValueError(f"pads are {pads.tolist()}; expected {expected}, and none to end with it")
+        given = f"{pads.tolist()}, {pads.dtype}"
+        raise ValueError(f"pads are {given}; expected int64 {expected}, and none to end with it")
 
 
 def checked_rewards(rewards, Q: int, G: int) -> Tensor:

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import gc
 import importlib
-import inspect
 import io
 import json
 import math
@@ -833,6 +832,7 @@ def test_setting_of_a_fork_is_a_flag_or_its_mistake_is_named(line, mistake, tmp_
     ("--seed one", "argument --seed: invalid int value: 'one'"),
     ("--meth r3", "unrecognized arguments: --meth r3"),
     ("--steps 0", "steps is 0; expected 1 or more"),
+    (f"--seed {2**64}", "expected 0 or more, below 2^31"),
     ("--prompts 63", "prompts must be a multiple of mini_steps"),
     ("--slip 5", "slip must be at most 1"),
     ("--feature-share 0", "feature_share must be above 0 and at most 1"),
@@ -864,7 +864,7 @@ NO_WARM_UP = mock.Mock()
 def base_name(folder, monkeypatch, sizes=None, edited=None, **changes):
     """The name of the file of a base model; `edited` is a piece of code that has been changed."""
     monkeypatch.setattr(train_toy, "warm_up", NO_WARM_UP)
-    monkeypatch.setattr(train_toy.inspect, "getsource", lambda each: f"{each} {each is edited}")
+    monkeypatch.setattr(train_toy, "source_of", lambda each: f"{each} {each is edited}")
     settings = train_toy.Settings(base_dir=str(folder), **changes)
     model = tiny_model(**sizes or {}).to(settings.device)
     train_toy.warm_up_or_load(model, AdditionTask(3, 9), settings)
@@ -884,6 +884,15 @@ def base_name(folder, monkeypatch, sizes=None, edited=None, **changes):
 def test_name_of_a_base_model_depends_on_what_it_is_made_of(changes, same, tmp_path, monkeypatch):
     name = base_name(tmp_path / "one", monkeypatch)
     assert (base_name(tmp_path / "other", monkeypatch, **changes) == name) == same
+
+
+def test_names_depend_on_the_code_that_runs_not_on_what_its_file_says_by_now(tmp_path, monkeypatch):
+    (tmp_path / "edited.py").write_text("rate = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("edited")
+    before = train_toy.source_of(module)
+    (tmp_path / "edited.py").write_text("rate = 0.25\n")
+    assert train_toy.source_of(module) == before
 
 
 def test_base_file_that_does_not_fit_is_named_with_both_remedies(finished, base, tmp_path):
@@ -1080,6 +1089,7 @@ def test_comparison_prints_a_table_and_writes_its_numbers(compared):
 
 def test_finished_comparison_is_summed_up_again_without_training(compared, monkeypatch):
     numbers = (compared.folder / "compare.json").read_text()
+    (compared.folder / ".DS_Store").touch()  # as macOS leaves behind
     monkeypatch.setattr(pr2_mini, "rl_step", mock.Mock(side_effect=AssertionError()))
     assert toy(f"{compared.flags} --out {compared.folder}").code == 0
     assert (compared.folder / "compare.json").read_text() == numbers
@@ -1090,9 +1100,9 @@ def test_comparison_is_trained_anew_if_the_code_has_changed(
     module, compared, tmp_path, monkeypatch
 ):
     shutil.copytree(compared.folder, tmp_path / "all")
-    source = inspect.getsource
+    source = train_toy.source_of
     changed = {module: "# edited"}
-    monkeypatch.setattr(inspect, "getsource", lambda each: changed.get(each) or source(each))
+    monkeypatch.setattr(train_toy, "source_of", lambda each: changed.get(each) or source(each))
     monkeypatch.setattr(pr2_mini, "rl_step", mock.Mock(side_effect=AssertionError("trains")))
     with pytest.raises(AssertionError, match="trains"):
         toy(f"{compared.flags} --out {tmp_path / 'all'}")

@@ -22,7 +22,7 @@ import time
 import warnings
 from argparse import SUPPRESS, ArgumentParser
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -61,6 +61,7 @@ class Settings(RLConfig):
     base_dir: str = "base"  # where warmed-up base models are kept
 
 
+source_of = cache(inspect.getsource)  # of what this process runs; files may be edited meanwhile
 NO_SETTINGS = {"out", "resume", "compare", "seeds"}  # flags that are none
 # Defaults with --compare: a regime where replay changes what is learned, with one expert a token,
 # coarse rollouts, fast routers and short sums.
@@ -91,14 +92,14 @@ def parser_of(settings: type, usage: str) -> ArgumentParser:
 
 def check_ranges(settings: RLConfig, parser: ArgumentParser) -> None:
     """Ends the program where a number is out of range. A count is at least 1, or 0 if that is a
-    default of it, here or in RLConfig; everything else is at least 0, and finite."""
+    default of it, here or in RLConfig; everything else is at least 0. All are below 2^31."""
     for field in fields(settings):
         value = getattr(settings, field.name)
         least = 0
         if type(value) is int:
             least = min(1, field.default, getattr(RLConfig, field.name, 1))
-        if type(value) in (int, float) and not least <= value < math.inf:
-            parser.error(f"{field.name} is {value}; expected {least} or more")
+        if type(value) in (int, float) and not least <= value < 2**31:
+            parser.error(f"{field.name} is {value}; expected {least} or more, below 2^31")
     if settings.samples < 2:
         parser.error("samples must be 2 or more: responses to one prompt are compared")
     if not 0 < settings.feature_share <= 1:
@@ -204,7 +205,7 @@ def warm_up_or_load(model: MoETransformer, task: AdditionTask, settings: Setting
     code = [ModelConfig, untrained_model, warm_up, pr2_mini.rotate]
     code += type(task).__mro__[:-1]  # the task's class and those it inherits from
     code += dict.fromkeys(type(module) for module in model.modules())
-    made_of += [inspect.getsource(each) for each in code]
+    made_of += [source_of(each) for each in code]
     path = Path(settings.base_dir) / f"{type(task).__name__}-{settings.seed}-{digest(made_of)}.pt"
     with FileLock(f"{path}.lock"):  # another process may be making the same one
         if not path.exists():
@@ -353,7 +354,8 @@ def summary(history: list[dict]) -> dict[str, float]:
     learning rate has risen; "held_out" and "greedy" after the last. Of the deviating slots that
     stale replay would have had on the same tokens, "removed" is the share that prediction took
     away, and "removable" the share that the exact change of W would have, on the old inputs. Under
-    r3 and pr3 what the rollout's rounding (bf16, fp8) does to the route counts in "removed" too."""
+    grpo (measured, not replayed), r3 and pr3 "removed" also counts what the rollout's rounding
+    (bf16, fp8) does to the route."""
     settled = history[10:] or history
     columns = {"reward": mean_of(history[-10:], "reward")}
     columns["reward, second half"] = mean_of(history[len(history) // 2 :], "reward")
@@ -455,9 +457,9 @@ def compare(given: dict) -> None:
     # What other code has made is not gone on with: names depend on these two files, too, and on the
     # task, wherever it is.
     parts = [pr2_mini, sys.modules[__name__], *type(build_task(settings)).__mro__[:-1]]
-    code = [inspect.getsource(part) for part in parts]
+    code = [source_of(part) for part in parts]
     folder = given.get("out", Path(f"runs/compare-{digest([plan, code])}"))
-    made_here = r".*-seed\d+-[0-9a-f]{12}|compare\.(json|png)(\.partial)?"
+    made_here = r".*-seed\d+-[0-9a-f]{12}|compare\.(json|png)(\.partial)?|\..*"  # or hidden
     for path in folder.iterdir() if folder.exists() else []:
         foreign = re.fullmatch(made_here, path.name) is None
         refuse(foreign, f"{folder} has {path.name}, which no comparison made; choose another --out")
