@@ -95,16 +95,15 @@ def model_of(hf_config: transformers.PretrainedConfig) -> MoETransformer:
     except (ValueError, ZeroDivisionError) as error:  # the core refuses such sizes; no heads
         raise CheckpointError(f"config.json cannot be trained: {error}") from error
     # What the families do to queries and keys before attention.
-    with torch.device("meta"):
-        for block in model.blocks:
-            if kind == "mixtral":  # nothing
-                block.attention.q_norm = nn.Identity()
-                block.attention.k_norm = nn.Identity()
-            elif kind == "olmoe":  # it normalises those of all heads together
-                q = (config.num_attention_heads, config.head_dim)
-                k = (config.num_key_value_heads, config.head_dim)
-                block.attention.q_norm = nn.RMSNorm(q, config.rms_norm_eps)
-                block.attention.k_norm = nn.RMSNorm(k, config.rms_norm_eps)
+    for block in model.blocks:
+        if kind == "mixtral":  # nothing
+            block.attention.q_norm = nn.Identity()
+            block.attention.k_norm = nn.Identity()
+        elif kind == "olmoe":  # it normalises those of all heads together
+            q = (config.num_attention_heads, config.head_dim)
+            k = (config.num_key_value_heads, config.head_dim)
+            block.attention.q_norm = nn.RMSNorm(q, config.rms_norm_eps, device="meta")
+            block.attention.k_norm = nn.RMSNorm(k, config.rms_norm_eps, device="meta")
     return model
 
 

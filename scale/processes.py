@@ -69,8 +69,8 @@ def fill(model: MoETransformer, load: Callable[[], MoETransformer]) -> None:
 
 
 class PiecewiseEngine(RolloutEngine):
-    """The built-in engine, which samples at most `most` responses at once: keys and values of all
-    of them must fit into memory."""
+    """The built-in engine, which samples at most `most` responses at once, but always all of one
+    prompt: their keys and values must fit into memory."""
 
     def __init__(self, model: MoETransformer, settings, most: int):
         super().__init__(model, settings)

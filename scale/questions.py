@@ -70,6 +70,8 @@ SPELLINGS = [  # rewritten in this order, in answers and in responses
     (r"(?<=[A-Za-z]{2})\*\*", " "),  # bold
     (r"(?<=\w)\*\*(?=\w)", "^"),
     (r"\*\*", ""),
+    (r"(?i)(?<=\d)\s+(?:hundred|thousand|dozen|[mbtr]+illion)\b", "@"),  # in doubt, unlike a unit
+    (r"(?i)\b(?:minus|negative)\s+(?=[\d.])", "-"),
     (r"\bnot\s+[-\d]\S*", ""),  # "12, not 13"
     (r"\\[dt]frac", r"\\frac"),
     (r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}"),
@@ -79,6 +81,7 @@ THOUSANDS = re.compile(  # of a box, but not of (1,200), [1,200] or {1,200}
     r"(?<![\d.,(\[])(?:(?<!\{)|(?<=\\boxed\{))\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!,?\d)"
 )
 FRACTION = re.compile(r"(?<![\w.^])(\d*)\s?\\frac\{(\d+)\}\{(0*[1-9]\d*)\}")  # 3 1/2 is one, too
+PERCENT = re.compile(r"(-?(?:\d+|\\frac\{\d+\}\{\d+\}))\s?\\%")
 NUMBER = re.compile(r"(?<![\w.])(\d*\.?\d+(?:[eE][+-]?\d{1,3}(?!\w))?)")
 WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[\s'.,-]+[^\W\d_]+)*")
 DOUBTFUL = re.compile(
@@ -144,7 +147,7 @@ def final_texts(text: str) -> list[str]:
 
 def read(text: str) -> list:
     """The words that a text is, or the mathematics; [] if it is neither, or in doubt."""
-    text = text.strip(" \n*,:;=\"'").rstrip(" .")
+    text = text.strip(" \n*,:;=\"'").rstrip(" .,~\\")
     if len(text) > LONGEST:
         return []
     letter = re.fullmatch(r"\(?([A-Za-z])[).]*", text)
@@ -160,10 +163,12 @@ def read(text: str) -> list:
     text = NUMBER.sub(lambda m: latex(Rational(m[1])), text)
     if not DOUBTFUL.search(text):
         config = [LatexExtractionConfig()]
-        values = parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=SECONDS)
+        percent = PERCENT.fullmatch(text)  # of 25/2 it can be read behind the formula only
+        formula = f"${percent[1]}$\\%" if percent else f"${text}$"
+        values = parse(formula, config, fallback_mode="no_fallback", parsing_timeout=SECONDS)
         # math-verify makes something of anything: "2 3" is 5 to it, and 12 km is 12.
         try:
-            made = str(values[:1]).replace("*(1/100)", "")  # of a percent
+            made = re.sub(r"\*\(?1/100\)?", "", str(values[:1]))  # of a percent
         except ValueError:  # Python writes no number of more than 4300 digits
             return []
         if set(SYMBOL.findall(text)) == set(SYMBOL.findall(made)):
@@ -288,7 +293,8 @@ class Questions:
         ends = {self.tokenizer.eos_token_id}
         for ids in configured:
             ends.update(ids if isinstance(ids, list) else [ids])
-        after = self.prompt("Six times seven?", "Forty-two.").partition("Forty-two.")[2]
+        chat = self.prompt("Six times seven?", "Forty-two.")
+        after = chat.partition("Forty-two.")[2] if self.templated else ""
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
         ids = self.tokenizer.encode(after, add_special_tokens=False)
         ends.add(next((token for token in ids if token in special), None))

@@ -86,13 +86,17 @@ JUDGED = r"""
 1, 2, 3 -> 1, 2, 3 ¦ 3,2,1 ¦ 1, 2 and 3 ¦ \{1, 2, 3\} ¦ so it is $1, 2, 3$ -> 1 ¦ 3 ¦ 1, 2 ¦ 123 ¦ 6
 (3,4) -> (3,4) ¦ (3, 4) ¦ $(3,4)$ ¦ \left(3, 4\right) ¦ (x, y) = (3, 4) -> (4,3) ¦ 3 ¦ 7 ¦ [3,4] ¦ 34
 \[\frac12\] -> 0.5 ¦ 1/2 ¦ \dfrac{1}{2} ¦ 50% -> 12 ¦ 1 ¦ 2 ¦ 0.2
-−3 -> -3 ¦ −3 ¦ $-3$ ¦ The answer is −3. -> 3 ¦ 0 ¦ -33
+−3 -> -3 ¦ −3 ¦ $-3$ ¦ The answer is −3. ¦ minus 3 ¦ Negative 3 degrees -> 3 ¦ 0 ¦ -33
+3 -> 3 eggs ¦ 5 minus 2 is 3 -> 3 million ¦ 3 dozen eggs ¦ \boxed{3\text{ thousand}} ¦ negative 3
 x^2+1 -> x^2+1 ¦ x^{2} + 1 ¦ x**2+1 ¦ f(x) = x^2+1 -> x^2 ¦ 1 ¦ 2 ¦ x^2-1
 yes -> yes ¦ Yes. ¦ \boxed{\text{Yes}} ¦ **yes** ¦ #### yes ¦ Yes! ¦ The answer is yes, because 2 > 1. -> no ¦ sey ¦ yes and no ¦ eyes ¦ not yes
 no -> no ¦ No. ¦ The answer is no. -> I know ¦ yes ¦ on ¦ n ¦ none
 A -> A ¦ (A) ¦ A. ¦ A) ¦ Answer: (A) ¦ The answer is (A) 12. -> A nice day, the answer is B ¦ B ¦ a ¦ A or B
 (C) -> (C) ¦ C ¦ Answer: (C) ¦ \boxed{\text{C}} ¦ \boxed{\textbf{(C)}\ 12} -> C or D ¦ D ¦ c ¦ C is wrong, the answer is D
+18 -> \boxed{18 \, \text{km}} ¦ \boxed{18\;\text{km}} ¦ \boxed{18 \mathrm{~km}} ¦ \boxed{18\,\mathrm{cm}^2} -> \boxed{1\,\text{km}}
 25% -> 25% ¦ 25\% ¦ 25 percent ¦ 25 ¦ 0.25 ¦ 1/4 -> 2.5 ¦ 0.25% ¦ 75%
+12.5% -> 12.5% ¦ 12.5\% ¦ \boxed{12.5\%} ¦ 12.5 percent ¦ 0.125 ¦ 1/8 -> -12.5% ¦ 125% ¦ 0.125% ¦ 12.5%, 20%
+-5% -> -5% ¦ −5 percent ¦ -0.05 -> 5% ¦ 0.05 ¦ -0.5%
 0.25 -> 1/4 ¦ 25% ¦ .25 -> 0.25% ¦ 25 ¦ 0.2500001
 .5 -> 0.5 ¦ .5 ¦ 1/2 -> 5 ¦ 0.05
 5,10,100 -> 5, 10, 100 ¦ 5,10,100 -> 5,10100 ¦ 115 ¦ 100

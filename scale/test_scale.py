@@ -514,6 +514,8 @@ def test_second_job_in_a_folder_is_refused(small, tmp_path):
     ("--max-new-tokens 999", "exceed the model's 256 positions; lower --max-new-tokens"),
     ("--engine vllm --rollout-dtype fp8", "vLLM rolls out in fp32 or bf16"),
     ("--engine vllm --temperature 0.001", "vLLM samples at temperatures of 0.01 or more"),
+    ("--out COPY/config.json", "--out is a file; expected a folder"),
+    ("--resume=", "--resume goes with"),
     ("--alpha -1", "alpha is -1.0; expected 0 or more"),
     ("--resume nowhere --steps 3", "--resume goes with"),
 )

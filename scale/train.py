@@ -43,7 +43,7 @@ class Settings(RLConfig):
     alpha: float = 0.1  # rate of W_p over the routers'; of the paper's 1e3 see scale/README.md
     feature_share: float = 0.125  # share of the tokens whose h_old is kept to train W_p
     rollout_dtype: Literal["fp32", "bf16", "fp8"] = "bf16"  # precision of the rollout engine
-    rollout_batch: int = 64  # most responses that the built-in engine samples at once
+    rollout_batch: int = 64  # most responses (or one prompt's) that the built-in engine has at once
     micro_batch: int = 8  # most responses in one training pass or evaluation, 0 = all
     max_new_tokens: int = 512  # longest response
     checkpoint: str = ""  # Hugging Face folder
@@ -79,9 +79,9 @@ def parse(arguments: list[str]) -> tuple[Settings, dict]:
     """The settings, and what config.json holds beside them, {} in a new run. What cannot be ends
     the program with one sentence and exit code 2."""
     given = vars(PARSER.parse_args(arguments))
-    resume = given.pop("resume", "")
+    resume = given.pop("resume", None)
     config = {}
-    if resume:
+    if resume is not None:
         others = given.keys() - MAY_CHANGE
         refuse(bool(others), f"--resume goes with {sorted(MAY_CHANGE)}, not with {sorted(others)}")
         config = read_config(Path(resume, "config.json"))
@@ -89,9 +89,10 @@ def parse(arguments: list[str]) -> tuple[Settings, dict]:
     settings = Settings(**given)
     check_ranges(settings, PARSER)
     folder = Path(settings.out)
+    refuse(folder.is_file(), "--out is a file; expected a folder")
     pieces = settings.mini_steps * PROCESSES
     files = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    foreign = RANK == 0 and not resume and bool(files.difference(BEGUN.split()))
+    foreign = RANK == 0 and resume is None and bool(files.difference(BEGUN.split()))
     config_json = Path(settings.checkpoint, "config.json")
     refuse(not config_json.is_file(), f"--checkpoint: there is no file {config_json}")
     refuse(not Path(settings.data).is_file(), f"--data: there is no file {settings.data!r}")
