@@ -421,7 +421,7 @@ def replay_of(batch: MicroBatch, config: RLConfig, updates: bool) -> Tensor | No
     """The route that the old pass or an update replays, or None where its routers choose: see the
     table of passes. To replay a part, change this and Router.forward. Old pass and updates must run
     one route, else "log_ratio_max/1" > 0 (with fp8 rollouts; in fp32 the choice is the same). Not
-    in pr2: what is free there the old pass chooses by rho_hat; at i = 1, where m = 0, none sees."""
+    in pr2, whose old pass would choose the free part by rho_hat, which m = 0 hides at i = 1."""
     records = config.recorder == "training" and not updates  # what the updates will replay
     return None if records or config.recorder is None else batch.route
 
