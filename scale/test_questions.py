@@ -203,6 +203,10 @@ def test_every_end_token_ends_a_response(config, generation, ends, ask, tmp_path
     assert ask(eos=config).eos == ends
 
 
+def test_without_a_template_only_the_configured_ids_end_a_response(ask):
+    assert ask(template=None, unk_token="A").eos == (1,)  # "A" also begins the plain "Answer:"
+
+
 @table(
     ("changes", "pad"),
     ({}, 0), ({"pad_token": None}, 1), ({"pad_token": "<eos>"}, 1),
