@@ -565,7 +565,8 @@ def measure_rollout(rollout: Rollout, rewards: Tensor, micro_batches) -> dict[st
     tokens = over_processes(rollout.mask.sum())
     metrics = {name: value / tokens for name, value in sums.items()}
     metrics["reward"] = rewards.mean()
-    metrics["zero_variance"] = (rewards == rewards[:, :1]).all(1).float().mean()  # teach nothing
+    equal = (rewards == rewards[:, :1]).all(1)
+    metrics["zero_variance"] = equal.float().mean()  # groups that teach nothing
     metrics["truncated"] = (~rollout.ended).float().mean()  # responses that never ended
     metrics["response_length"] = rollout.mask.sum(1).float().mean()
     return metrics

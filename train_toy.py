@@ -73,7 +73,7 @@ COMPARE_DEFAULTS.update(router_multiplier=30.0, steps=100)
 def parser_of(settings: type, usage: str) -> ArgumentParser:
     """A parser with a flag for each setting; the comment in a setting's line is its help."""
     parser = ArgumentParser(usage=usage, argument_default=SUPPRESS, allow_abbrev=False)
-    source = inspect.getsource(RLConfig) + inspect.getsource(settings)
+    source = source_of(RLConfig) + source_of(settings)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     for field in fields(settings):
         if field.name in ("eos", "pad"):  # the task's

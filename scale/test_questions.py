@@ -75,7 +75,8 @@ JUDGED = r"""
 12 -> 12 ¦ 12.0 ¦ That makes $12.00 ¦ The answer is 12. ¦ 12 apples ¦ 7 + 5 = 12 ¦ \boxed{12} -> 13 ¦ 120
 12 -> The answer is**12** ¦ so $12$ ¦ #### 12 ¦ **12** ¦ 12 dollars ¦ \[12\] ¦ **Answer:** 12 -> 1.2 ¦ -12 ¦ no idea ¦ ¦ 1, 12
 12 -> 24/2 ¦ 3 x $4 = $12 ¦ 7 × 1 + 5 = 12 ¦ x = 12 ¦ 12, not 13 ¦ It is 12! ¦ it's 12 -> 12 or 13 ¦ It is not 12 ¦ 12x ¦ twelve
-1,200 -> 1200 ¦ 1,200 ¦ $1,200.00 ¦ 1{,}200 ¦ 1\,200 ¦ 1,\!200 ¦ \boxed{1,200} ¦ \boxed{\$1,200.00} ¦ 1.2e3 -> 1 ¦ 200 ¦ 1, 200 ¦ 1.2 ¦ (1,200) ¦ \{1,200\} ¦ \boxed{1, 200}
+1,200 -> 1200 ¦ 1,200 ¦ $1,200.00 ¦ 1{,}200 ¦ 1\,200 ¦ 1.2e3 -> 1 ¦ 200 ¦ 1, 200 ¦ 1.2 ¦ (1,200)
+1,200 -> 1,\!200 ¦ \boxed{1,200} ¦ \boxed{\$1,200.00} -> \{1,200\} ¦ \boxed{1, 200}
 1e16 -> 1e16 ¦ 10000000000000000 ¦ 10^{16} ¦ 10^16 -> 1 ¦ 16 ¦ 1e15 ¦ 16e ¦ 10000000000000001
 1e-05 -> 0.00001 ¦ 1e-5 ¦ 10^{-5} -> 0 ¦ 0.0 ¦ 1 ¦ -5 ¦ 1e-6
 2^{10} -> 1024 ¦ 2^{10} ¦ 2^10 ¦ 2**10 -> 2 ¦ 10 ¦ 20 ¦ 210
@@ -87,15 +88,18 @@ JUDGED = r"""
 (3,4) -> (3,4) ¦ (3, 4) ¦ $(3,4)$ ¦ \left(3, 4\right) ¦ (x, y) = (3, 4) -> (4,3) ¦ 3 ¦ 7 ¦ [3,4] ¦ 34
 \[\frac12\] -> 0.5 ¦ 1/2 ¦ \dfrac{1}{2} ¦ 50% -> 12 ¦ 1 ¦ 2 ¦ 0.2
 −3 -> -3 ¦ −3 ¦ $-3$ ¦ The answer is −3. ¦ minus 3 ¦ Negative 3 degrees -> 3 ¦ 0 ¦ -33
-3 -> 3 eggs ¦ 5 minus 2 is 3 -> 3 million ¦ 3 dozen eggs ¦ \boxed{3\text{ thousand}} ¦ negative 3
+3 -> 3 eggs -> 3 million ¦ 3 dozen eggs ¦ \boxed{3\text{ thousand}}
+3 -> 5 minus 2 is 3 -> negative 3
 x^2+1 -> x^2+1 ¦ x^{2} + 1 ¦ x**2+1 ¦ f(x) = x^2+1 -> x^2 ¦ 1 ¦ 2 ¦ x^2-1
 yes -> yes ¦ Yes. ¦ \boxed{\text{Yes}} ¦ **yes** ¦ #### yes ¦ Yes! ¦ The answer is yes, because 2 > 1. -> no ¦ sey ¦ yes and no ¦ eyes ¦ not yes
 no -> no ¦ No. ¦ The answer is no. -> I know ¦ yes ¦ on ¦ n ¦ none
 A -> A ¦ (A) ¦ A. ¦ A) ¦ Answer: (A) ¦ The answer is (A) 12. -> A nice day, the answer is B ¦ B ¦ a ¦ A or B
 (C) -> (C) ¦ C ¦ Answer: (C) ¦ \boxed{\text{C}} ¦ \boxed{\textbf{(C)}\ 12} -> C or D ¦ D ¦ c ¦ C is wrong, the answer is D
-18 -> \boxed{18 \, \text{km}} ¦ \boxed{18\;\text{km}} ¦ \boxed{18 \mathrm{~km}} ¦ \boxed{18\,\mathrm{cm}^2} -> \boxed{1\,\text{km}}
+18 -> \boxed{18 \, \text{km}} ¦ \boxed{18\;\text{km}} -> \boxed{1\,\text{km}}
+18 -> \boxed{18 \mathrm{~km}} ¦ \boxed{18\,\mathrm{cm}^2} -> \boxed{1\,\text{km}}
 25% -> 25% ¦ 25\% ¦ 25 percent ¦ 25 ¦ 0.25 ¦ 1/4 -> 2.5 ¦ 0.25% ¦ 75%
-12.5% -> 12.5% ¦ 12.5\% ¦ \boxed{12.5\%} ¦ 12.5 percent ¦ 0.125 ¦ 1/8 -> -12.5% ¦ 125% ¦ 0.125% ¦ 12.5%, 20%
+12.5% -> 12.5% ¦ 12.5\% ¦ \boxed{12.5\%} ¦ 12.5 percent -> -12.5% ¦ 125%
+12.5% -> 0.125 ¦ 1/8 -> 0.125% ¦ 12.5%, 20%
 -5% -> -5% ¦ −5 percent ¦ -0.05 -> 5% ¦ 0.05 ¦ -0.5%
 0.25 -> 1/4 ¦ 25% ¦ .25 -> 0.25% ¦ 25 ¦ 0.2500001
 .5 -> 0.5 ¦ .5 ¦ 1/2 -> 5 ¦ 0.05
