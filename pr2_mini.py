@@ -636,15 +636,18 @@ class MoE(nn.Module):
         gate, up = F.grouped_mm(rows, self.gate_up.mT, offs=ends).chunk(2, dim=-1)
         rows = F.grouped_mm(F.silu(gate) * up, self.down.mT, offs=ends)
         # Back to the order of the tokens, and the weighted sum over the k experts of each.
-        outputs = rows.index_select(0, order.argsort()).view(*experts.shape, -1)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=h.device)  # where each slot's row is
+        outputs = rows.index_select(0, place).view(*experts.shape, -1)
         output = (outputs * weights.to(h.dtype).unsqueeze(-1)).sum(-2)
         return output, experts.to(torch.int16), p
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary positions: turns each pair (j, j + head_dim / 2) of x (B, T, heads, head_dim)."""
+    """Rotary positions: turns each pair (j, j + head_dim / 2) of x (B, T, heads, head_dim) by one
+    angle, so cosine and sine (1 or B, T, 1, head_dim) hold it twice."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return x * cosine + torch.cat((-second, first), dim=-1) * sine
 
 
 class Attention(nn.Module):
@@ -664,18 +667,19 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cosine, sine, mask, cache):
+    def forward(self, x, cosine, sine, mask, cache, start):
         """(B, T, D) -> (B, T, D). mask (B, 1, T, positions) bool, or None = plain causal."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, heads, head_dim)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q = rotate(self.q_norm(q), cosine, sine).transpose(1, 2)  # (B, heads, T, head_dim)
         k = rotate(self.k_norm(k), cosine, sine).transpose(1, 2)
-        if cache is not None:
-            if self.layer in cache:
-                k = torch.cat([cache[self.layer][0], k], dim=2)
-                v = torch.cat([cache[self.layer][1], v], dim=2)
-            cache[self.layer] = (k, v)
+        if cache is not None and start == 0:
+            cache[self.layer] = torch.stack([k, v])
+        elif cache is not None:
+            # In place: FSDP2 (scale/) passes a copy of the dict, but the caller's tensors.
+            cache[self.layer].narrow(-2, start, x.shape[1]).copy_(torch.stack([k, v]))
+            k, v = cache[self.layer][..., : start + x.shape[1], :]
         causal = mask is None and x.shape[1] > 1  # a single new query sees all there is
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -689,8 +693,8 @@ class Block(nn.Module):
         self.moe_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.moe = MoE(config)
 
-    def forward(self, x, cosine, sine, mask, cache, replay, horizon):
-        x = x + self.attention(self.attention_norm(x), cosine, sine, mask, cache)
+    def forward(self, x, cosine, sine, mask, cache, start, replay, horizon):
+        x = x + self.attention(self.attention_norm(x), cosine, sine, mask, cache, start)
         h = self.moe_norm(x)
         output, experts, p = self.moe(h, replay, horizon)
         return x + output, experts, p, h.detach()
@@ -714,18 +718,19 @@ class MoETransformer(nn.Module):
     def routers(self) -> list[Router]:
         return [block.moe.router for block in self.blocks]
 
-    def forward(self, tokens, pads=None, cache=None, replay=None, horizon=None, at=...):
+    def forward(self, tokens, pads=None, cache=None, start=0, replay=None, horizon=None, at=...):
         """Next-token logits (n, vocab_size), and the Trace of what the routers saw.
 
         tokens   (B, T) int64, padded on the left or the right
         pads     (B,) how many positions on the left of each row are padding, or None
-        cache    keys and values by layer: {} for a prompt, then one new position at a time
+        cache    keys and values by layer, (2, B, key-value heads, positions, head_dim): a prompt
+                 fills {}; the caller makes room behind it for new tokens, one at a time
+        start    how many positions, all in the cache, precede `tokens`; 0 for a prompt
         replay   (L, B, T, k) expert ids, distinct in a set: these experts run
         horizon  m: experts are chosen by rho_hat, and weighed by rho; None: chosen by rho too
         at       an index into (B, T) of the n positions whose logits are wanted; by default `...`,
                  all of them, and then n reads (B, T)
         """
-        start = cache[0][0].shape[2] if cache else 0
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         mask = None
         if pads is not None and pads.any():
@@ -738,7 +743,7 @@ class MoETransformer(nn.Module):
             positions = (positions - pads[:, None]).clamp(min=0)
         pair = torch.arange(0, self.config.head_dim, 2, device=tokens.device)
         frequency = 1 / self.config.rope_theta ** (pair / self.config.head_dim)
-        angle = positions[:, :, None, None] * frequency
+        angle = positions[:, :, None, None] * frequency.repeat(2)  # (1 or B, T, 1, head_dim)
 
         x = self.embed(tokens)
         cosine = angle.cos().to(x.dtype)
@@ -746,7 +751,7 @@ class MoETransformer(nn.Module):
         layers = []
         for layer, block in enumerate(self.blocks):
             route = None if replay is None else replay[layer]
-            x, chosen, p, h = block(x, cosine, sine, mask, cache, route, horizon)
+            x, chosen, p, h = block(x, cosine, sine, mask, cache, start, route, horizon)
             layers.append((chosen, p[at], h[at]))
         experts, logits, inputs = zip(*layers, strict=True)
         trace = Trace(torch.stack(experts), torch.stack(logits), torch.stack(inputs))
@@ -766,8 +771,8 @@ def generate(model, config: RLConfig, prompts, pads, generator=None) -> Rollout:
     logits, trace = model(prompts, pads, cache, at=last)
     logits = logits.repeat_interleave(G, dim=0)
     pads = pads.repeat_interleave(G)
-    for layer, (keys, values) in cache.items():
-        cache[layer] = (keys.repeat_interleave(G, dim=0), values.repeat_interleave(G, dim=0))
+    for layer, kept in cache.items():
+        cache[layer] = F.pad(kept, (0, 0, 0, C)).repeat_interleave(G, dim=1)  # room for responses
     tokens = F.pad(prompts.repeat_interleave(G, dim=0), (0, C), value=config.pad)
     B, length = tokens.shape
     P = length - C
@@ -792,7 +797,7 @@ def generate(model, config: RLConfig, prompts, pads, generator=None) -> Rollout:
         ended = ended | torch.isin(token[:, 0], end_tokens)
         if column == C - 1 or over_processes((~ended).sum()) == 0:
             break
-        logits, trace = model(token, pads, cache, at=last)
+        logits, trace = model(token, pads, cache, start=P + column, at=last)
         experts[:, :, P + column] = trace.experts[:, :, 0]
     return Rollout(tokens, pads, mask, logprobs, experts, ended)
 
@@ -902,9 +907,9 @@ class AdditionTask:
         for problem in problems:
             total, *others = map(int, problem.rstrip("=").split("+"))
             sums = []
-            for number in others:
+            draws = torch.rand(len(others), 2, generator=generator).tolist()
+            for number, (slips, sign) in zip(others, draws, strict=True):
                 total += number
-                slips, sign = torch.rand(2, generator=generator).tolist()
                 if slips < slip:
                     total = max(0, total + (1 if sign < 0.5 else -1))
                 sums.append(str(total))

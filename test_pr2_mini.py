@@ -610,8 +610,10 @@ def test_padded_and_cached_forward_equals_a_forward_of_each_row_alone(lengths, p
     whole, _ = model(tokens, pads)
     cache = {}
     parts = [model(tokens[:, :4], pads, cache)[0]]
+    cache = {layer: F.pad(kept, (0, 0, 0, 4)) for layer, kept in cache.items()}
     for column in range(4, 8):
-        parts.append(model(tokens[:, column, None], pads, cache)[0])
+        seen = dict(cache)  # FSDP2 passes a copy, too
+        parts.append(model(tokens[:, column, None], pads, seen, start=column)[0])
     for row in range(len(tokens)):
         alone, _ = model(tokens[row, None, real[row]])
         close(whole[row, real[row]], alone[0])
@@ -1037,16 +1039,18 @@ def test_picture_tells_what_prediction_caught_from_what_it_missed(capsys):
     batch = run_step(model, config).batches[0]
     current = batch.stale.clone()
     wrong = (current + 1) % 8
-    # The first response has nothing to see, the second one all four states, twice.
-    recorded_right = torch.tensor([True] * 8 + [False, False, True, True] * 2, device=DEVICE)
-    stale_right = torch.tensor([True] * 8 + [False, True, False, True] * 2, device=DEVICE)
+    # The first response has nothing to see, the second one all four states.
+    recorded_right = torch.tensor([True] * 8 + [False] * 3 + [True] * 5, device=DEVICE)
+    stale_right = torch.tensor([True] * 8 + [False, False, True] * 2 + [False, True], device=DEVICE)
     batch.stale = torch.where(stale_right[:, None], current, wrong)
     batch.route[:, batch.at] = torch.where(recorded_right[:, None], current, wrong).short()
     task = SimpleNamespace(decode=lambda ids: [str(ids[0].tolist())])
     train_toy.print_routes(model, config, task, batch)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith(str(batch.tokens[1, 5:].tolist()))
-    assert lines[2].split() == ["layer", "1", "x-+.x-+."]
+    assert lines[2].split() == ["layer", "1", "xx-++.+."]
+    counted = ". 10 still current, + 3 by prediction, - 1 lost by it, x 2 missed"
+    assert lines[3] == f"all responses     {counted}"
 
 
 @parametrize("prediction", ["learned", "momentum"])

@@ -175,7 +175,8 @@ def warm_up(model: MoETransformer, task: AdditionTask, settings: Settings) -> No
         # share of slots that went to expert j, P_j its mean probability.
         N = settings.experts
         probability = trace.logits[:, real].softmax(-1).mean(1)  # (L, N)
-        load = F.one_hot(trace.experts[:, real].long(), N).float().flatten(1, -2).mean(1)
+        chosen = trace.experts[:, real].flatten(1).long()  # (L, slots)
+        load = torch.stack([layer.bincount(minlength=N) for layer in chosen]) / chosen.shape[1]
         balance = N * (load * probability).sum(-1).mean()
         optimizer.zero_grad()
         (loss + 0.01 * balance).backward()
@@ -418,20 +419,24 @@ def record_routes(model, engine, optimizer, config: Settings, task, examples) ->
 
 @torch.no_grad()
 def print_routes(model, config: Settings, task, batch: MicroBatch) -> None:
-    """After the last updates, of the response with most to see: a row a layer, a column a token."""
+    """After the last updates. Of the response with most to see a row a layer, a column a token;
+    then how many sets of all responses have which mark."""
     replay = pr2_mini.replay_of(batch, config, updates=True)
     _, trace = pr2_mini.response_logprobs(model, batch, config, replay=replay)
     k = config.experts_per_token
     current = trace.logits.topk(k).indices  # (L, n, k)
     right = pr2_mini.overlap(batch.route[:, batch.at], current) == k  # (L, n)
     stale_right = pr2_mini.overlap(batch.stale, current) == k
+    states = 2 * right + stale_right  # (L, n), an index into "x-+."
     response = batch.mask.nonzero()[:, 0]  # (n,) which of the responses a token belongs to
-    marks = (~right | ~stale_right).float().sum(0)  # (n,)
+    marks = (states < 3).float().sum(0)  # (n,)
     shown = response == torch.bincount(response, weights=marks).argmax()
     print(f"\nroute of          {task.decode(batch.tokens[:, 1:][batch.at][shown][None])[0]}")
-    for layer, states in enumerate((2 * right + stale_right)[:, shown].tolist(), start=1):
-        print(f"layer {layer:<11} {''.join('x-+.'[state] for state in states)}")
-    print(". recorded set still current, + thanks to prediction, - lost by it, x missed either way")
+    for layer, row in enumerate(states[:, shown].tolist(), start=1):
+        print(f"layer {layer:<11} {''.join('x-+.'[state] for state in row)}")
+    counts = states.flatten().bincount(minlength=4).flip(0).tolist()
+    line = "all responses     . {} still current, + {} by prediction, - {} lost by it, x {} missed"
+    print(line.format(*counts))
 
 
 # --------------------------------------------------------------------------------- 6. Comparison
